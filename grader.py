@@ -1,0 +1,161 @@
+r"""The isolated grader: untrusted answers are compared in processes that can be killed.
+
+An answer written by a policy is hostile input. `9^{9^{9^9}}` fills the memory, `10000000!` runs
+for minutes inside one C call, and fifty nested parentheses keep a parser busy for an hour. Neither
+an exception nor a signal handler stops C code, and both fail off the main thread. What always works
+is to end the process. So:
+
+1. A worker is a separate Python process. It reads one JSON line [gold, answer] from its standard
+   input and writes one JSON line, the verdict, back.
+2. The parent waits at most `deadline` seconds for that line, then kills the worker and starts
+   another in its place. The answer scores 0 and is counted in `Pool.broken`.
+3. A worker limits its own memory, and arms a kernel timer with the default action (death), so that
+   it ends even if its parent has been killed and nobody is left to wait for it.
+4. A worker without a parent reads end-of-file and leaves.
+
+The workers are started as `python grader.py --worker`, not through multiprocessing: the spawn
+method would import the user's __main__ module (train.py, with torch and a GPU context) into each
+of them, and fork is unsafe beside CUDA and threads. Nothing starts before the first question.
+"""
+import atexit
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+DEADLINE = 5.0          # seconds; ordinary pairs take 0.001 to 0.15 (../shared measurements: p99)
+START = 120.0           # seconds a worker may take to import sympy on a cold, busy disk
+MEMORY = 768 * 2**20    # bytes of address space; a worker that has imported sympy has about 100 MiB
+
+
+class Worker:
+    """One process that compares pairs. `ask` returns the verdict, or None if it had to be broken off."""
+
+    def __init__(self, deadline, memory):
+        self.deadline = deadline
+        command = [sys.executable, os.path.abspath(__file__), "--worker", str(deadline), str(memory)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
+        ready = self._line(START)
+        if ready != "ready":
+            self.kill()
+            raise RuntimeError(f"a grader worker could not start: {ready or 'no word from it'}")
+
+    def _line(self, seconds):
+        """The next line the worker writes, or None if it dies or stays silent for too long."""
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            return None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def ask(self, gold, answer):
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            self.process.stdin.flush()
+            return self._line(self.deadline)
+        except (BrokenPipeError, ValueError):
+            return None
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Pool:
+    """Up to `size` workers, started when first needed. Any thread may call `ask` and `map`."""
+
+    def __init__(self, size=None, deadline=DEADLINE, memory=MEMORY):
+        self.size, self.deadline, self.memory = size or default_size(), deadline, memory
+        self.broken = 0                        # answers broken off: deadline, memory or crash
+        self.idle = queue.LifoQueue()          # last used first: an easy batch warms one worker only
+        for _ in range(self.size):
+            self.idle.put(None)                # a place without a worker yet
+        atexit.register(self.close)
+
+    def ask(self, pair):
+        """True or False for one (gold, answer). False, counted, when it had to be broken off."""
+        worker = self.idle.get()
+        try:
+            worker = worker or Worker(self.deadline, self.memory)
+            verdict = worker.ask(*pair)
+            if verdict is None:
+                self.broken += 1
+                worker.kill()
+                worker = None
+            return verdict is True
+        finally:
+            self.idle.put(worker)
+
+    def map(self, pairs):
+        """The verdicts of many pairs, in order, as many at a time as there are workers."""
+        if len(pairs) < 2:
+            return [self.ask(pair) for pair in pairs]
+        with ThreadPoolExecutor(self.size) as threads:
+            return list(threads.map(self.ask, pairs))
+
+    def close(self):
+        """End every idle worker. Their places stay, so the pool can be used again."""
+        for _ in range(self.size):
+            try:
+                worker = self.idle.get_nowait()
+            except queue.Empty:
+                return
+            if worker:
+                worker.kill()
+            self.idle.put(None)
+
+
+def default_size():
+    """Workers per process: the cores, shared among the ranks of this machine, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---------------------------------------------------------------------------- inside the worker
+
+def limit_memory(size):
+    """Beyond `size` bytes allocations fail with MemoryError. macOS accepts no such limit; there the
+    deadline alone bounds what a worker can take."""
+    import resource
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    except (ValueError, OSError):
+        pass
+
+
+def serve(deadline, memory):
+    """Answer questions from standard input until it ends."""
+    import signal
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                              # what libraries print must not reach the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is the parent's business
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)    # default action: the kernel ends this process
+    say = lambda value: print(json.dumps(value), file=channel, flush=True)
+    try:
+        from reward import equivalent
+        equivalent("1+x", "x+1")               # pay for lazy imports and tables now
+    except Exception as error:
+        return say(f"{type(error).__name__}: {error}")
+    limit_memory(memory)
+    say("ready")
+    for line in sys.stdin:
+        gold, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, deadline + 1)   # the parent comes first, if it lives
+        try:
+            verdict = equivalent(gold, answer)
+        except MemoryError:
+            verdict = None                     # the parent replaces this process: its heap is torn
+        except BaseException:                  # math-verify's TimeoutException is a BaseException
+            verdict = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        say(verdict)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        serve(float(sys.argv[2]), int(sys.argv[3]))
