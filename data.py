@@ -48,8 +48,7 @@ KNOWN = {
 }
 EMBEDDED = {"arithmetic": ("train", 20_000), "arithmetic_heldout": ("heldout", 512)}  # name: (split, problems)
 
-# Fields that a local file is searched for, in this order, whatever their case. A `solution` comes last:
-# where the gold also stands alone, a worked solution is the poorer source.
+# What a local file is searched for, in this order, whatever the case; `solution` last, for the gold may also stand alone.
 PROBLEM_FIELDS = list(dict.fromkeys(row[4] for row in KNOWN.values()))
 GOLD_FIELDS = sorted(dict.fromkeys(row[5] for row in KNOWN.values()), key=lambda field: field == "solution")
 
@@ -261,10 +260,8 @@ def hub_rows(hub_id, config, split):
     except Exception as error:  # whatever `datasets` raises, it is about this name, config, split or the network
         if reachable:
             raise DataError(f"{hub_id} (config {config}, split {split}): {one_line(error)}") from None
-        raise DataError(
-            f"{hub_id}: not cached here, and the hub cannot be reached; where there is a network, run `hf download {hub_id} "
-            f"--repo-type dataset --local-dir FOLDER`, and give one of its {', '.join(READERS)} files instead of the name"
-        ) from None
+        how = f"run `hf download {hub_id} --repo-type dataset --local-dir FOLDER` where there is one, and give a {', '.join(READERS)} file of it"
+        raise DataError(f"{hub_id}: not cached here, and no network to the hub: {how} instead of the name") from None
     yield from numbered(table.iter(1000))
 
 
@@ -305,7 +302,8 @@ def encode_prompts(tokenizer, prompts, max_tokens):
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     if prompts and all(len(ids) > max_tokens for ids in encoded):
-        raise DataError(f"all {len(prompts)} prompts are longer than {max_tokens} tokens; the shortest has {min(map(len, encoded))}")
+        first = f"{min(map(len, encoded))}; the first prompt begins {prompts[0]:.40}".splitlines()[0]
+        raise DataError(f"all {len(prompts)} prompts are longer than {max_tokens} tokens: the shortest has {first}")
     return [ids if len(ids) <= max_tokens else None for ids in encoded]
 
 

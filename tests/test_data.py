@@ -342,7 +342,7 @@ def test_prompts_go_through_the_chat_template_of_the_tokenizer(tokenizer):
 
 def test_prompts_that_are_too_long_are_none_and_an_error_if_all_are(tokenizer):
     assert data.encode_prompts(tokenizer, ["p?", "p " * 100], 30)[1] is None
-    with pytest.raises(DataError, match="all 1 prompts are longer than 30 tokens; the shortest has 1"):
+    with pytest.raises(DataError, match="all 1 prompts are longer than 30 tokens: the shortest has 1"):
         data.encode_prompts(tokenizer, ["p " * 100], 30)
 
 
