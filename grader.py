@@ -100,11 +100,10 @@ class Pool:
 
     def close(self):
         """End every idle worker. Their places stay, so the pool can be used again."""
-        for _ in range(self.size):
-            try:
-                worker = self.idle.get_nowait()
-            except queue.Empty:
-                return
+        workers = []
+        while not self.idle.empty():
+            workers.append(self.idle.get_nowait())
+        for worker in workers:
             if worker:
                 worker.kill()
             self.idle.put(None)
@@ -137,7 +136,7 @@ def serve(deadline, memory):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)    # default action: the kernel ends this process
     say = lambda value: print(json.dumps(value), file=channel, flush=True)
     try:
-        from reward import equivalent
+        from equivalence import equivalent
         equivalent("1+x", "x+1")               # pay for lazy imports and tables now
     except Exception as error:
         return say(f"{type(error).__name__}: {error}")
