@@ -9,13 +9,11 @@ not equal. Four layers, each for what the one before leaves open:
 2. Shape (`compare`): lists and sets agree in any order; tuples, intervals and matrices in theirs, and
    in their brackets. `x=5` may answer `5`, `2<x\le3` may answer `(2,3]`, `a\pm b` is two answers.
    A list never answers a single value: "5 or 6" is not 5.
-3. Numerals, units and words (`decide`). Numerals are exact fractions: 142.0, 025, 4.5e33,
-   4.5\cdot10^{33}, 0.\overline{3}, 3\frac12, -1./3. Rounding is not equality: 0.333 is not 1/3.
-4. Algebra (`algebra`), only inside a worker of grader.py. math-verify's parser reads both sides, gold
-   first; one random point at which their 60-digit values differ refutes, several that agree convince.
-   What has no value at points is left to math-verify's `verify`.
+3. Single values (`decide`): numerals are compared exactly, so that rounding is not equality (0.333 is not
+   1/3); units may be left out, but not exchanged; words are compared as words.
+4. Algebra (algebra.py) for what is still open, only inside a worker of grader.py.
 
-Layers 1 to 3 need the standard library alone and microseconds, and decide most answers either way.
+The first three need the standard library alone and microseconds, and decide most answers either way.
 
 What math-verify 0.9.0 gets wrong and is put right here:
 
@@ -28,27 +26,19 @@ What math-verify 0.9.0 gets wrong and is put right here:
 - Its plain-text extraction hands the model's text to sympy's parse_expr, which calls eval. That path
   is not used: `latex2sympy` is a grammar that builds objects and runs no code. (grader.py makes sure.)
 
-    python equivalence.py      which layer decides what
+    python equivalence.py      what is decided at sight, and what is left to algebra
 """
 
-import random
 import re
-from fractions import Fraction
 
-from notation import clean, closing, gold_text, parseable
+from notation import DIGITS, clean, closing, gold_text, number, parseable, unit
 
-DIGITS = 400    # a numeral of more digits, or with a greater power of ten, has no value here
-ITEMS = 64      # lists are compared pair by pair
+ITEMS = 64    # lists are compared pair by pair
 
 
 def quick(gold, answer):
     """True or False if spelling, shape and numerals decide whether the answer is the gold's, else None."""
     return same(gold, answer, decide)
-
-
-def equivalent(gold, answer):
-    """Whether the answer is the gold's. Only for a worker of grader.py: algebra takes any time and memory."""
-    return same(gold, answer, algebra) is True
 
 
 def same(gold, answer, leaf):
@@ -69,10 +59,10 @@ def split(text, separators):
         elif match[0] in "})]":
             level -= 1
         elif level == 0:
-            pieces.append(text[start:match.start()])
+            pieces.append(text[start:match.start()].strip())
             found.append(match[0])
             start = match.end()
-    return pieces + [text[start:]], found
+    return pieces + [text[start:].strip()], found
 
 
 def every(verdicts):
@@ -127,10 +117,13 @@ def members(text):
     if len(pieces) == 1 and (inner := re.fullmatch(r"(?:[^=]*=)?\\\{(.*)\\\}", text)) \
             and not re.search(r"\\mid|\||:", text) and closing_set(text):
         pieces, separators = split(inner[1], ",|;")
-    signs = [[piece.replace(r"\pm", sign) for sign in "+-"] if piece.count(r"\pm") == 1 and r"\mp" not in piece
+    signs = [[PLUS_MINUS.sub(sign, piece) for sign in "+-"] if len(PLUS_MINUS.findall(piece)) == 1 and r"\mp" not in piece
              else [piece] for piece in pieces]
     pieces = [re.sub(r"(?<![^=(\[{,])\+", "", piece) for pair in signs for piece in pair]
     return pieces, r"\cup" in separators
+
+
+PLUS_MINUS = re.compile(r"\\pm(?![a-z]) ?")
 
 
 def closing_set(text):
@@ -217,7 +210,7 @@ NAME = re.compile(r"(?:[a-zA-Z']|\\(?!pi|infty)(?:[aA]lpha|[bB]eta|[gG]amma|[dD]
 
 def is_name(text):
     """Whether `text` may stand before `=` without being part of the answer: x, f(x), a+b, P(A), x_{1}, \\angle ABC."""
-    text = re.sub(r"_\{[^{}]*\}", "", text)
+    text = re.sub(r"_\{[^{}]*\}|(?<=[a-zA-Z}])\([^()]*\)", "", text)
     derivative = re.fullmatch(r"\\frac\{d[a-zA-Z]\}\{d[a-zA-Z]\}", text)
     return bool(derivative or NAME.fullmatch(text) and text[0] not in "-+" and variables(text))
 
@@ -244,96 +237,16 @@ def named(text):
     return name, values
 
 
-# ------------------------------------------------------------------- 3. numerals, units and words
-
-NUMERAL = r"(?:\d+\.?\d*|\.\d+)"
-PLAIN = re.compile(NUMERAL)
-POWER = re.compile(rf"({NUMERAL})[eE]([+-]?\d+)|(?:({NUMERAL})\\cdot)?10\^\{{(-?\d+)\}}")
-REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d+)\}")
-RATIO = re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}|([^{}/]+)/([^{}/]+)")
-MIXED = re.compile(r"(\d+)(?:\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))")
-BASED = re.compile(r"\d\)?_|[0-9A-F]{2}_\{\d")
-
-
-def number(text):
-    """The exact value of a numeral as a Fraction, or None if `text` is no numeral."""
-    if len(text) > DIGITS:
-        return None
-    sign, text = (-1, text[1:]) if text[:1] == "-" else (1, text)
-    try:
-        value = unsigned(text)
-    except (ZeroDivisionError, OverflowError):
-        return None
-    return None if value is None else sign * value
-
-
-def unsigned(text):
-    if PLAIN.fullmatch(text):
-        return Fraction(text)
-    if match := POWER.fullmatch(text):
-        exponent = int(match[2] or match[4])
-        return Fraction(match[1] or match[3] or 1) * Fraction(10) ** exponent if abs(exponent) <= DIGITS else None
-    if match := MIXED.fullmatch(text):
-        return int(match[1]) + Fraction(int(match[2] or match[4]), int(match[3] or match[5]))
-    if match := REPEATING.fullmatch(text):
-        whole, fixed, period = match.groups()
-        tail = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
-        return Fraction(f"{whole or 0}.{fixed or 0}") + tail
-    if match := RATIO.fullmatch(text):
-        top, bottom = number(match[1] or match[3]), number(match[2] or match[4])
-        return None if top is None or bottom is None else top / bottom
-    return None
-
-
-# Each line: what counts as one unit, for the things that answers count or measure. Unknown words are not
-# units: `5 \text{ million}`, `\text{not } 5` and `25 \text{ or so}` must not be read as 5, 5 and 25.
-UNITS = """cm centimeter centimetre;mm millimeter millimetre;m meter metre;km kilometer kilometre;in inch inche;ft foot feet
-yd yard;mi mile;g gram;kg kilogram;lb pound;oz ounce;ton;l liter litre;ml milliliter;gal gallon;s sec second;min minute
-h hr hour;day;week;month;yr year;mph;cent;dollar usd;degree deg;radian rad;unit;square sq;cubic cu;percent;people person
-man men;woman women;child children;boy;girl;student;teacher;player;member;friend;apple;orange;egg;book;page;pencil;card
-marble;ball;coin;piece;slice;cookie;flower;tree;dog;cat;car;box boxe;bag;ticket;game;point;time;way;digit;side;edge;face
-triangle;solution;integer;number;step;question;problem;row;seat;room;house;point;vote;chair;toy;candy candie;cup;bottle"""
-UNITS = {alias: names.split()[0] for names in UNITS.replace("\n", ";").split(";") for alias in names.split()}
-TEXT_UNIT = re.compile(r"((?:\\text\{[^{}]*\}(?:\^\{\d\})?/?)+)$")
-BARE_UNIT = re.compile(r"(?<=[\d} )])((?:square|cubic|sq)?[a-zA-Z]{2,}(?:\^\{\d\})?)$")
-
-
-def unit(text):
-    """(value, unit) of `15\\text{cm}^{2}`, `\\dollar36`, `30\\degree`, `20\\percent`; the unit is "" if there is none."""
-    if re.match(r"-?\\dollar", text):
-        return text.replace(r"\dollar", "", 1), "dollar"
-    for sign in ("degree", "percent"):
-        if text.endswith("\\" + sign) and not re.search(FUNCTION, text):
-            return text[:-len(sign) - 1], sign
-    match = TEXT_UNIT.search(text) or BARE_UNIT.search(text)
-    phrase = match and canonical_unit(match[1])
-    return (text[:match.start()].rstrip(" "), phrase) if phrase and match.start() else (text, "")
-
-
-FUNCTION = r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)"
-
-
-def canonical_unit(phrase):
-    """`square inches` and `inches^2` as in^2, `miles per hour` as mi/h; None if a word is not a unit."""
-    phrase = phrase.replace(r"\text", " ").replace("^{", " ^").lower()
-    words = re.findall(r"[a-z]+|/|\^\d", re.sub(r"(?<![a-z])(square|cubic|sq)(?=[a-z])", r"\1 ", phrase))
-    result, power = "", ""
-    for word in words:
-        if word in ("square", "sq", "cubic", "cu") and len(words) > 1:
-            power = "^3" if word[0] == "c" else "^2"
-        elif word in ("per", "/", "squared", "cubed") or word[0] == "^":
-            result += {"per": "/", "squared": "^2", "cubed": "^3"}.get(word, word)
-        elif name := UNITS.get(word) or UNITS.get(word.removesuffix("s")):
-            result, power = result + name + power, ""
-        else:
-            return None
-    return result
+# --------------------------------------------------------------------------- 3. single values
 
 
 def words(text):
     """`text` as a word to be compared as such (a name, a direction, a string of labels), else None."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    return plain.lower().replace("_", "") if re.fullmatch(r"[a-zA-Z_'-]{3,}|[A-Z]{2}|[nN]o", plain) else None
+    return plain.lower().replace("_", "") if re.fullmatch(r"[a-zA-Z_']{3,}(?:-[a-zA-Z_']{2,})*|[A-Z]{2}|[nN]o", plain) else None
+
+
+BASED = re.compile(r"\d\)?_|[0-9A-F]{2}_\{\d")    # 204_5: a numeral with a base
 
 
 def decide(gold, answer):
@@ -356,7 +269,17 @@ def decide(gold, answer):
         return words(g) == words(a)
     if (x is not None and variables(a)) or (y is not None and variables(g)):
         return False
-    return None if algebraic(g) and algebraic(a) and g_unit == a_unit or not {g_unit, a_unit} & {"percent"} else False
+    if not (algebraic(g) and algebraic(a)) or "percent" in (g_unit, a_unit):
+        return False
+    return None
+
+
+UNREADABLE = re.compile(r"\d \d|[:;?@#&<>\"=]|\\(?:text|le|ge|ne|in|pm|mp|ldots|begin|percent|dollar|cup|equiv|mid)(?![a-z])")
+
+
+def algebraic(text):
+    """Whether `text` is for the parser: an expression, without words, relations, omissions or giant numerals."""
+    return not UNREADABLE.search(text) and not re.search(rf"\d{{{DIGITS}}}", text)
 
 
 def same_number(x, x_unit, y, y_unit):
@@ -367,124 +290,13 @@ def same_number(x, x_unit, y, y_unit):
     return x == y
 
 
-# ------------------------------------------------------------------------------------ 4. algebra
-
-UNREADABLE = re.compile(r"\d \d|[:;?@#&<>\"=]|\\(?:text|le|ge|ne|in|pm|mp|[lc]?dots|begin|percent|dollar|cup|equiv|mid)(?![a-z])")
-
-
-def algebraic(text):
-    """Whether `text` is for the parser: an expression, without words, relations, omissions or giant numerals."""
-    return not UNREADABLE.search(text) and not re.search(rf"\d{{{DIGITS}}}", text)
-
-
-def algebra(gold, answer):
-    """Whether two single values agree. Only for a worker: this may take any time and memory."""
-    verdict = decide(gold, answer)
-    if verdict is not None:
-        return verdict
-    if "=" in gold:
-        return same_equation(gold, answer)
-    g, a = read(unit(gold)[0]), read(unit(answer)[0])
-    return agree(g, a)
-
-
-def read(text):
-    """A sympy expression, decimals as exact fractions. ValueError, or the parser's error, if it is none."""
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from sympy import Expr, I, Symbol
-    if not algebraic(text):
-        raise ValueError("not an expression")
-    text = re.sub(rf"({NUMERAL})\\degree", r"(\\frac{\1\\pi}{180})", text)
-    text = re.sub(r"\d*\.\d+|\d+\.", lambda m: "(\\frac{%d}{%d})" % Fraction(m[0]).as_integer_ratio(), text)
-    text = re.sub(r"(?<=\d)\(|(?<=\))(?=\(|\d|\\frac)", lambda m: r"\cdot " + m[0], text)    # a product, not 3 + 1/2
-    text = re.sub(r"([a-zA-Z])('+)", lambda m: f"{m[1]}_{{{'p' * len(m[2])}}}", text)         # x' is not x
-    expression = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None,
-                             conversion_config=ConversionConfig(lowercase_symbols=False))
-    if not isinstance(expression, Expr):
-        raise ValueError("not an expression")
-    return expression.xreplace({Symbol("i", real=True): I})
-
-
-def agree(g, a):
-    """Whether two expressions have the same values: one point where they differ refutes."""
-    import sympy
-    from math_verify import verify
-    unknown = {f for e in (g, a) for f in e.atoms(sympy.core.function.AppliedUndef, sympy.Derivative)}
-    names = {f: sympy.Symbol(str(f), real=True) for f in unknown}
-    g, a = g.xreplace(names), a.xreplace(names)
-    if g.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit):
-        return bool(verify(g, a, timeout_seconds=None))
-    symbols = sorted(g.free_symbols | a.free_symbols, key=str)
-    if not symbols:
-        return same_value(value(g), value(a)) is True
-    discrete = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial)
-    for whole in ([True] if g.has(*discrete) or a.has(*discrete) else [False, True]):
-        agreeing = 0
-        for point in points(symbols, whole):
-            verdict = same_value(value(g.xreplace(point)), value(a.xreplace(point)), real=not (g.has(sympy.I) or a.has(sympy.I)))
-            if verdict is False:
-                return False
-            agreeing += verdict is True
-            if agreeing == 6:
-                return True
-    return bool(verify(g, a, timeout_seconds=None))
-
-
-def points(symbols, whole):
-    """Values for the symbols, the same in every run: natural numbers, or fractions of either sign."""
-    from sympy import Integer, Rational
-    rng = random.Random(0)
-    for _ in range(24):
-        yield {s: Integer(rng.randrange(1, 16)) if whole else Rational(rng.randrange(-300, 300) or 1, 97) for s in symbols}
-
-
-def value(expression):
-    """The value of an expression without symbols: exact if rational, else 60 digits; None if it has none.
-
-    Towers of powers and giant factorials raise ValueError, from the inside out, before they are worked out.
-    """
-    import sympy
-    for node in sympy.postorder_traversal(expression):
-        limit = 20000 if node.is_Pow and node.exp.is_number else 5000 if isinstance(node, sympy.factorial) else None
-        if limit and abs(node.args[-1].evalf(5)) > limit:
-            raise ValueError("too large")
-    result = expression.doit()
-    if not result.is_Rational:
-        result = result.evalf(60)
-        if result.is_Float and result._prec < 20:       # nothing left but rounding noise
-            result = sympy.Integer(0)
-    return result if result.is_number and result.is_finite else None
-
-
-def same_value(x, y, real=False):
-    """Whether two values agree to 40 digits; None if one is missing, or not real where it should be."""
-    if x is None or y is None or (real and not (x.is_real and y.is_real)):
-        return None
-    if x.is_Rational and y.is_Rational:
-        return bool(x == y)
-    return bool(abs(x - y) <= max(abs(x), abs(y)) * 10 ** -40)
-
-
-def same_equation(gold, answer):
-    """Whether one equation is a multiple of the other: y = 2x+3 and 4x - 2y + 6 = 0."""
-    sides = [split(text, "=")[0] for text in (gold, answer)]
-    if [len(x) for x in sides] != [2, 2]:
-        return False
-    g, a = (read(left) - read(right) for left, right in sides)
-    for point in points(sorted(g.free_symbols | a.free_symbols, key=str), False):
-        x, y = value(g.xreplace(point)), value(a.xreplace(point))
-        if x and y:
-            return agree(g, a * x / y)
-    return False
-
-
 def main():
     pairs = [(r"\frac{1}{2}", "0.5"), ("204_5", "204_6"), ("1,-2", r"-2 \text{ and } 1"), ("5", r"5 \text{ or } 6"),
-             ("4.5e33", r"4.5 \times 10^{33}"), ("(0,1]", "[0,1)"), (r"2^{-2012}", r"2^{-2013}"),
-             (r"\frac{n(n+1)}{2}", r"\binom{n+1}{2}"), ("y = 2x+3", "4x-2y=-6")]
+             ("4.5e33", r"4.5 \times 10^{33}"), ("(0,1]", "[0,1)"), (r"15\text{ cm}", r"15\text{ m}"), ("5", "x=5"),
+             ("2^{-2012}", "2^{-2013}"), (r"\frac{n(n+1)}{2}", r"\binom{n+1}{2}"), ("y = 2x+3", "4x-2y=-6")]
+    said = {True: "the same", False: "different", None: "left to algebra"}
     for gold, answer in pairs:
-        first = quick(gold, answer)
-        print(f"{gold:18} {answer:24} {equivalent(gold, answer)!s:6} {'algebra' if first is None else 'at sight'}")
+        print(f"{gold:18} {answer:24} {said[quick(gold, answer)]}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
-r"""Notation: one spelling for what LaTeX can write in many ways.
+r"""Notation: how answers are written, before anything is worked out.
+
+`clean` gives one spelling to what LaTeX can write in many ways, so that the same answer by two authors is
+mostly the same string:
 
     \dfrac12, \frac 12, \tfrac{1}{2}            ->  \frac{1}{2}
     10,\!080, 10{,}080, 10\,080, 10,080         ->  10080
     \left( 0,\, 1 \right]                       ->  (0,1]
     30^\circ, 30^{\circ}, 30°                    ->  30\degree
-    \mathrm{cm}, \mbox{cm}                      ->  \text{cm}
     5 \text{ or } 6, 5, 6                       ->  5,6
     \sqrt3, sqrt(3), \sqrt{3}                   ->  \sqrt{3}
 
-Nothing here knows what an expression is worth (equivalence.py does): after `clean`, the same answer
-written by two authors is mostly the same string. Every pattern runs in linear time on text of bounded
-length, and nothing recurses deeper than DEPTH, whatever a model writes.
+`number` reads a numeral as an exact fraction: 142.0, 025, 4.5e33, 4.5\cdot10^{33}, 0.\overline{3}, 3\frac12,
+-1./3. (math-verify reads 4.5e33 as 4.5*E*33.) `unit` takes a unit off: 15\text{ cm}^2, \$36, 30^\circ, 20\%.
 
-    python notation.py      the examples above
+Every pattern runs on text of bounded length, and nothing recurses deeper than DEPTH, whatever a model writes.
+
+    python notation.py      examples
 """
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
 LENGTH, DEPTH = 600, 16    # a longer or deeper answer keeps its spelling, and is never parsed
+DIGITS = 400               # a numeral of more digits, or with a greater power of ten, has no value here
 
 UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
@@ -33,6 +38,7 @@ SPELLING = [(re.compile(pattern), spelling) for pattern, spelling in [
     (r"\\\\(?=[a-zA-Z])", r"\\"),                                       # \\frac, escaped once too often
     (r"\\(?:left|right)\s*\.", ""),
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|strut)(?![a-zA-Z])", ""),
+    (r"(?<=\d),\s*\\!\s*(?=\d{3})", ""),
     (r"\\!|\\phantom\s*(?:\{[^{}]*\}|-)|\\[()\[\]]", ""),
     (r"\\\$", r"\\dollar "),
     (r"\$", ""),
@@ -50,6 +56,7 @@ SPELLING = [(re.compile(pattern), spelling) for pattern, spelling in [
     (r"\\neq?(?![a-zA-Z])|!=", r"\\ne "),
     (r"\\lt(?![a-zA-Z])", "<"),
     (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\(?:dots[cbm]?|cdots)(?![a-zA-Z])|\.\.\.", r"\\ldots "),
     (r"\*\*", "^"),
     (r"\\(?:times|cdot|ast)(?![a-zA-Z])|\*", r"\\cdot "),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),
@@ -89,7 +96,7 @@ def clean(text):
     text = re.sub(r"\s+", "", text).replace("~", " ").rstrip(".,;")
     text = re.sub(r"(?<![^=(\[{,])\+", "", text)
     try:
-        return arguments(text)
+        return arguments(text).replace("} ", "}")
     except IndexError:                            # an argument or a closing brace is missing
         return text
 
@@ -166,7 +173,7 @@ def gold_text(gold):
             gold = gold[boxed.end():closing(gold, boxed.end() - 1) - 1]
         except IndexError:
             pass
-    sentence = re.search(r"[a-z]{2,} (?:is|are|equals)\s*(?:\\\(|\$)((?:[^$\\]|\\[^()$])*)(?:\\\)|\$)\s*\.?\s*$", gold)
+    sentence = re.search(r"\b(?:is|are|equals)\s*(?:\\\(|\$)((?:[^$\\]|\\[^()$])*)(?:\\\)|\$)\s*\.?\s*$", gold)
     gold = sentence[1] if sentence else gold
     missing = len(re.findall(r"(?<!\\)\{", gold)) - len(re.findall(r"(?<!\\)\}", gold))
     if missing < 0 and gold.rstrip().endswith("}" * -missing):
@@ -174,9 +181,96 @@ def gold_text(gold):
     return clean(gold + "}" * missing)
 
 
+# ------------------------------------------------------------------------- numerals and units
+
+NUMERAL = r"(?:\d+\.?\d*|\.\d+)"
+PLAIN = re.compile(NUMERAL)
+POWER = re.compile(rf"({NUMERAL})[eE]([+-]?\d+)|(?:({NUMERAL})\\cdot)?10\^\{{(-?\d+)\}}")
+REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d+)\}")
+RATIO = re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}|([^{}/]+)/([^{}/]+)")
+MIXED = re.compile(r"(\d+)(?:\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))")
+
+
+def number(text):
+    """The exact value of a numeral as a Fraction, or None if `text` is no numeral."""
+    if len(text) > DIGITS:
+        return None
+    sign, text = (-1, text[1:]) if text[:1] == "-" else (1, text)
+    try:
+        value = unsigned(text)
+    except (ZeroDivisionError, OverflowError):
+        return None
+    return None if value is None else sign * value
+
+
+def unsigned(text):
+    if PLAIN.fullmatch(text):
+        return Fraction(text)
+    if match := POWER.fullmatch(text):
+        exponent = int(match[2] or match[4])
+        return Fraction(match[1] or match[3] or 1) * Fraction(10) ** exponent if abs(exponent) <= DIGITS else None
+    if match := MIXED.fullmatch(text):
+        return int(match[1]) + Fraction(int(match[2] or match[4]), int(match[3] or match[5]))
+    if match := REPEATING.fullmatch(text):
+        whole, fixed, period = match.groups()
+        tail = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
+        return Fraction(f"{whole or 0}.{fixed or 0}") + tail
+    if match := RATIO.fullmatch(text):
+        top, bottom = number(match[1] or match[3]), number(match[2] or match[4])
+        return None if top is None or bottom is None else top / bottom
+    return None
+
+
+# Each line: what counts as one unit, for the things that answers count or measure. Unknown words are not
+# units: `5 \text{ million}`, `\text{not } 5` and `25 \text{ or so}` must not be read as 5, 5 and 25.
+UNITS = """cm centimeter centimetre;mm millimeter millimetre;m meter metre;km kilometer kilometre;in inch inche;ft foot feet
+yd yard;mi mile;g gram;kg kilogram;lb pound;oz ounce;ton;l liter litre;ml milliliter;gal gallon;s sec second;min minute
+h hr hour;day;week;month;yr year;mph;cent;dollar usd;degree deg;radian rad;unit;square sq;cubic cu;percent;people person
+man men;woman women;child children;boy;girl;student;teacher;player;member;friend;apple;orange;egg;book;page;pencil;card
+marble;ball;coin;piece;slice;cookie;flower;tree;dog;cat;car;box boxe;bag;ticket;game;point;time;way;digit;side;edge;face
+triangle;solution;integer;step;question;problem;row;seat;room;house;vote;chair;toy;candy candie;cup;bottle;erg;j joule
+n newton;w watt;v volt;a amp ampere;c coulomb;t tesla;k kelvin;pa pascal;hz hertz;ev;pc parsec;au;mol mole;ohm;nm;ms;kj;kw
+mhz;ghz;kpc;mpc;kev;mev;gev;angstrom;atm;kmph;kph;knot;revolution;rpm;bit;byte"""
+UNITS = {alias: names.split()[0] for names in UNITS.replace("\n", ";").split(";") for alias in names.split()}
+TRIGONOMETRIC = r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)"
+TEXT_UNIT = re.compile(r"((?:\\text\{[^{}]*\}(?:\^\{-?\d\})?(?:/|\\cdot)?)+)$")
+BARE_UNIT = re.compile(r"(?<=[\d} )])((?:square|cubic|sq)?[a-zA-Z]{2,}(?:\^\{\d\})?)$")
+
+
+def unit(text):
+    """(value, unit) of `15\\text{cm}^{2}`, `\\dollar36`, `30\\degree`, `20\\percent`; the unit is "" if there is none."""
+    if re.match(r"-?\\dollar", text):
+        return text.replace(r"\dollar", "", 1), "dollar"
+    for sign in ("degree", "percent"):
+        if text.endswith("\\" + sign) and not re.search(TRIGONOMETRIC, text):
+            return text[:-len(sign) - 1], sign
+    match = TEXT_UNIT.search(text) or BARE_UNIT.search(text)
+    phrase = match and canonical_unit(match[1])
+    return (text[:match.start()].rstrip(" "), phrase) if phrase and match.start() else (text, "")
+
+
+def canonical_unit(phrase):
+    """`square inches` and `inches^2` as in^2, `miles per hour` as mi/h; None if a word is not a unit."""
+    phrase = phrase.replace(r"\text", " ").replace("_", " ").replace("^{", " ^").lower()
+    words = re.findall(r"[a-z]+|/|\^-?\d", re.sub(r"(?<![a-z])(square|cubic|sq(?!uare))(?=[a-z])", r"\1 ", phrase))
+    result, power = "", ""
+    for word in words:
+        if word in ("square", "sq", "cubic", "cu") and len(words) > 1:
+            power = "^3" if word[0] == "c" else "^2"
+        elif word in ("per", "/", "squared", "cubed") or word[0] == "^":
+            result += {"per": "/", "squared": "^2", "cubed": "^3"}.get(word, word)
+        elif name := UNITS.get(word) or UNITS.get(word.removesuffix("s")):
+            result, power = result + name + power, ""
+        else:
+            return None
+    return result
+
+
 def main():
-    for text in (r"\dfrac 12", r"10,\!080", r"\left( 0,\, 1 \right]", r"30^{\circ}", r"15\mbox{ cm}^2", r"5 \text{ or } 6", "sqrt(3)"):
-        print(f"{text:24} {clean(text)}")
+    for text in (r"\dfrac 12", r"10,\!080", r"\left( 0,\, 1 \right]", r"15\mbox{ cm}^2", r"5 \text{ or } 6", "sqrt(3)", "4.5e3",
+                 r"4.5 \times 10^{3}", r"-3\frac12", r"0.1\overline{6}", r"\$36", "30^{\\circ}"):
+        value, name = unit(clean(text))
+        print(f"{text:22} spelt {clean(text):20} worth {number(value)!s:8} {name}")
 
 
 if __name__ == "__main__":
