@@ -72,8 +72,7 @@ def load_problems(name_or_path, split=None, config=None, prompt_field=None, answ
     the evaluation split where a set has both. Training sets made of chats (field `prompt`) lose their repeated
     problems; benchmarks keep theirs, so that their size is the published one. `limit` takes the first ones.
     """
-    name = str(name_or_path)
-    if name in EMBEDDED:
+    if (name := str(name_or_path)) in EMBEDDED:
         part, count = EMBEDDED[name]
         return arithmetic.problems(part, count if limit is None else min(limit, count))
     rows, source, fields = open_source(name, split, config, benchmark)
@@ -93,7 +92,7 @@ def load_problems(name_or_path, split=None, config=None, prompt_field=None, answ
             continue
         if chosen[0] != "prompt" or problem not in seen:
             problems.append((instruct(problem), answer))
-            seen.add(problem)
+        seen.add(problem)
     if bad:
         print(f"{source}: {len(bad)} rows left out, the first: {bad[0]}", file=sys.stderr)
     if not problems:
@@ -210,6 +209,7 @@ def file_rows(path):
 
 
 def read_jsonl(path):
+    """One object a line; empty lines are skipped."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -222,13 +222,15 @@ def read_jsonl(path):
 
 
 def read_json(path):
+    """A list of objects, or one object a line, as `datasets` writes its .json files."""
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return enumerate(json.loads(text), 1)
-    return read_jsonl(path)  # `datasets` writes one object a line into its .json files
+    return read_jsonl(path)
 
 
 def read_csv(path):
+    """A header and rows; the number is that of a row's last line."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="(surplus)", strict=True)
         for row in reader:
@@ -236,6 +238,7 @@ def read_csv(path):
 
 
 def read_parquet(path):
+    """Needs pyarrow, which comes with `datasets`."""
     import pyarrow.parquet
 
     return numbered(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000))
@@ -280,8 +283,7 @@ def hub_reachable(seconds=5):
             answered.append(isinstance(error, urllib.error.HTTPError))  # an error page is an answer
 
     if not constants.HF_HUB_OFFLINE:
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
+        (thread := threading.Thread(target=ask, daemon=True)).start()
         thread.join(seconds)
         constants.HF_HUB_OFFLINE = answered != [True]
     return not constants.HF_HUB_OFFLINE
@@ -289,7 +291,7 @@ def hub_reachable(seconds=5):
 
 def one_line(error):
     """The first line of an error's text, of bearable length."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # 3. What training and evaluation do with problems.

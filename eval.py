@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import pathlib
 import sys
 
@@ -156,7 +155,8 @@ def read_log(path, evaluations):
         here = evaluations.get(key)
         differ = [f"{k} {there.get(k)} there, {v} here" for k, v in (here or {}).items() if there.get(k) != v]
         if differ:
-            raise data.DataError(f"--out: {path} holds {key[0]} on {key[1]} with other settings ({'; '.join(differ)}); choose another name, or remove it")
+            what = f"{key[0]} on {key[1]} with other settings ({'; '.join(differ)})"
+            raise data.DataError(f"--out: {path} holds {what}; choose another name, or remove it")
         if here:
             done[key][line["start"]] = line
     return done
@@ -170,6 +170,7 @@ def fingerprint(model, config):
 
 
 def digest(value):
+    """A short hash of plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
@@ -178,8 +179,8 @@ def digest(value):
 
 def aligned(rows):
     """Rows of texts as lines, the first column to the left and all others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
 
 
 def tables(results):
@@ -201,6 +202,7 @@ def tables(results):
 
 
 def title(benchmark):
+    """The name of a benchmark in tables: a file's without folder and ending."""
     return pathlib.Path(benchmark).stem
 
 
@@ -225,34 +227,40 @@ def options(argv):
         return check
 
     count = number(int, 1, "a whole number above 0")
+    contests = "names that begin with aime or amc"
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR_OR_ID", help="checkpoint folders or hub ids; each is a row of the table")
     add("--benchmarks", nargs="+", default=["arithmetic_heldout"], metavar="NAME_OR_FILE",
-        help=f"known names ({', '.join([*data.EMBEDDED, *data.KNOWN])}), .jsonl, .json, .parquet or .csv files, or hub ids as owner/name:config:split "
-        "(default arithmetic_heldout, the embedded one)")  # fmt: skip
-    add("--samples", type=count, metavar="N", help="completions per problem (default: 32 for names that begin with aime or amc, else 1: the paper's protocol)")
+        help=f"known names ({', '.join([*data.EMBEDDED, *data.KNOWN])}), files ({', '.join(data.READERS)}) or hub ids "
+        "as owner/name:config:split (default arithmetic_heldout, the embedded one)")  # fmt: skip
+    add("--samples", type=count, metavar="N", help=f"completions per problem (default: 32 for {contests}, else 1: the paper's protocol)")
     add("--temperature", type=number(float, 0, "a number of at least 0"), metavar="T",
-        help="of sampling; 0 is greedy (default: 0.6 for names that begin with aime or amc or if --samples is above 1, else 0: the paper's protocol)")  # fmt: skip
+        help=f"of sampling, 0 is greedy (default: 0.6 for {contests} or if --samples is above 1, else 0: the paper's protocol)")
     add("--limit", type=count, metavar="N", help="only the first N problems of each benchmark (default: all)")
-    add("--max-new-tokens", type=count, metavar="N", help="tokens after which a completion is cut off (default 8192, the paper's, or three quarters of the model's context if that is less)")
-    add("--batch", type=count, default=64, metavar="N", help="completions sampled at a time; lower it when memory runs out (default 64, a guess for 24 GB and a small model)")
+    add("--max-new-tokens", type=count, metavar="N",
+        help="tokens at which a completion is cut off (default: 8192, the paper's, or 3/4 of the model's context if that is less)")
+    add("--batch", type=count, default=64, metavar="N",
+        help="completions sampled at a time; lower it when memory runs out (default 64, a guess for 24 GB and a small model)")
     add("--seed", type=number(int, 0, "a whole number of at least 0"), default=0, metavar="N", help="of the sampling (default 0)")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one; bfloat16 there, float32 on the cpu")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="bfloat16 on cuda, float32 on cpu (default: cuda if there is one)")
     add("--prompt-field", metavar="COLUMN", help="the problem's column in files with unknown columns (default: found by its name)")
-    add("--answer-field", metavar="COLUMN", help="the gold answer's column, likewise")
-    add("--out", type=pathlib.Path, default=pathlib.Path("eval.json"), metavar="FILE.json", help="figures and all completions; finished batches stand in FILE.jsonl until then and after (default eval.json)")
+    add("--answer-field", metavar="COLUMN", help="the gold answer's column, likewise (default: found by its name)")
+    add("--out", type=pathlib.Path, default=pathlib.Path("eval.json"), metavar="FILE.json",
+        help="figures and completions; finished batches are kept in FILE.jsonl beside it (default eval.json)")
     o = parser.parse_args(argv)
     if o.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no such device here; take cpu")
     if o.out.suffix != ".json" or not o.out.absolute().parent.is_dir():
         fail(f"--out takes a name that ends in .json, in a folder that exists, not {str(o.out)!r}")
     if o.out.exists() and not o.out.with_suffix(".jsonl").exists():
-        fail(f"--out: {o.out} exists and was not written by an evaluation that could be continued; choose another name")
+        fail(f"--out: {o.out} exists, without the .jsonl of an evaluation to continue; choose another name")
     o.model, o.benchmarks = list(dict.fromkeys(o.model)), list(dict.fromkeys(o.benchmarks))
     return o
 
 
 def fail(message):
+    """One line on standard error and exit status 2."""
     sys.exit(print(f"eval.py: {message}", file=sys.stderr) or 2)
 
 
@@ -263,7 +271,7 @@ def protocol(benchmark, samples, temperature):
         temperature = 0.6 if contest or (samples or 1) > 1 else 0.0
     samples = samples or (32 if contest and temperature else 1)
     if samples > 1 and not temperature:
-        raise data.DataError(f"--samples {samples} at --temperature 0 would be {samples} times the same completion; take 1 sample, or a temperature above 0")
+        raise data.DataError(f"--samples {samples} at --temperature 0 are {samples} times the same; take 1 sample, or a temperature above 0")
     return samples, temperature
 
 
@@ -274,7 +282,7 @@ def plan(o, problems):
     evaluations = {}
     for model in o.model:
         try:
-            if not os.path.isdir(model):
+            if not pathlib.Path(model).is_dir():
                 data.hub_reachable()
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError, KeyError) as error:
@@ -297,7 +305,8 @@ def run(settings, policy, problems, done, log):
     """One model on one benchmark: the batches that are not done yet, each logged as it ends; then the figures."""
     asked = {name: settings[name] for name in ("samples", "temperature", "max_new_tokens", "batch", "seed")}
     finished = sum(len(line["records"]) for line in done.values())
-    with tqdm(total=len(problems), initial=finished, desc=f"{settings['model'][-30:]} {title(settings['benchmark'])}", unit="problem") as bar:
+    desc = f"{settings['model'][-30:]} {title(settings['benchmark'])}"
+    with tqdm(total=len(problems), initial=finished, desc=desc, unit="problem") as bar:
         for start, records, timeouts in answer(*policy, problems, **asked, done=done) if finished < len(problems) else ():
             done[start] = {"settings": settings, "start": start, "timeouts": timeouts, "records": records}
             log.write(json.dumps(done[start]) + "\n")
@@ -324,10 +333,8 @@ def main(argv=None):
                     if policy is None and sum(len(line["records"]) for line in done[key].values()) < len(problems[benchmark]):
                         policy = rollout.load_policy(model, o.device, torch.bfloat16 if o.device == "cuda" else torch.float32)
                     results.append(run(evaluations[key], policy, problems[benchmark], done[key], log))
-    except (data.DataError, rollout.PolicyError) as error:
+    except (data.DataError, rollout.PolicyError, OSError) as error:
         fail(error)
-    except OSError as error:
-        fail(data.one_line(error))
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory with --batch {o.batch}: lower it, or --max-new-tokens; what is finished is kept")
     except KeyboardInterrupt:
