@@ -1,0 +1,100 @@
+"""What the tests share: one thread, no network, seeds, narrow models with random weights, and the chi-square test."""
+
+import os
+import pathlib
+import random
+import shutil
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data that may lie beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not folder.exists():
+        pytest.skip("no ../shared")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(shared):
+    """The folder with Qwen's own tokenizer and generation_config.json, without weights."""
+    return shared / "qwen-tokenizer"
+
+
+def _narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **config):
+    import transformers
+
+    shape = dict(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=None, eos_token_id=0,
+        initializer_range=0.25, head_dim=8,
+    )  # fmt: skip
+    shape.update(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, architecture + "ForCausalLM")(getattr(transformers, architecture + "Config")(**shape))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.05 * torch.randn_like(p)  # the biases and the norms as well
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def narrow():
+    """A function that makes a narrow model with random weights: narrow("Qwen3", torch.float64, vocab_size=5, seed=1, ...)."""
+    return _narrow
+
+
+@pytest.fixture
+def model():
+    """A narrow Qwen2 with random weights and a vocabulary of 24, in float64."""
+    return _narrow(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def qwen_checkpoint(qwen_tokenizer, tmp_path_factory):
+    """A checkpoint folder like Qwen2.5's but narrow: its tokenizer, its vocabulary, its generation config, random weights."""
+    folder = tmp_path_factory.mktemp("qwen")
+    _narrow(
+        vocab_size=151936, hidden_size=16, intermediate_size=32, head_dim=4, tie_word_embeddings=True,
+        initializer_range=0.02, pad_token_id=None, eos_token_id=151645,
+    ).save_pretrained(folder)  # fmt: skip
+    for file in qwen_tokenizer.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def _chi_square(observed, expected):
+    """p-value of counts (K,) against the counts expected (K,); cells that expect fewer than 5 are thrown together."""
+    observed, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (observed, expected))
+    assert torch.isclose(observed.sum(), expected.sum(), rtol=1e-6)
+    rare = expected < 5
+    if rare.any():
+        observed = torch.cat((observed[~rare], observed[rare].sum()[None]))
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    assert not ((expected == 0) & (observed > 0)).any(), "what cannot happen has happened"
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+@pytest.fixture(scope="session")
+def chi_square():
+    return _chi_square

@@ -1,0 +1,301 @@
+"""What rollout.py promises: the model's own distribution, one completion whatever surrounds it, and policies that load or say why not."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+import rollout
+from entropy import score
+from rollout import TINY, PolicyError, load_policy, next_token, sample, uniforms
+
+V = 24
+EOS = {5, 11}
+PROMPTS = [[3, 1, 4, 1, 5], [2], list(range(24)) + list(range(9)), [5, 11, 5], [7, 8] * 16]  # 1 to 33 ids, EOS among them
+
+
+def greedy_by_transformers(model, prompts, max_new_tokens, eos_ids):
+    """transformers' generate, one prompt at a time, without padding."""
+    out = []
+    for p in prompts:
+        ids = torch.tensor([p])
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                               eos_token_id=sorted(eos_ids), pad_token_id=0)  # fmt: skip
+        out.append([whole[0, len(p) :].tolist()])
+    return out
+
+
+def cut(ids, eos_ids):
+    """ids up to and including the first end-of-sequence."""
+    ends = [i for i, y in enumerate(ids) if y in eos_ids]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+# ---------------------------------------------------------------- greedy
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama", "Mistral"])
+def test_greedy_completions_equal_those_of_transformers_whatever_the_lengths(narrow, architecture):
+    model = narrow(architecture, torch.float64, seed=5)
+    for eos_ids in (EOS, {V - 1}):
+        mine = sample(model, PROMPTS, 1, 40, 0.0, eos_ids)
+        assert mine == greedy_by_transformers(model, PROMPTS, 40, eos_ids)
+    assert len({tuple(c[0]) for c in mine}) == len(PROMPTS) and max(len(set(c[0])) for c in mine) > 3  # not trivially so
+
+
+def test_greedy_is_the_same_for_all_samples_and_uses_no_noise(model):
+    groups = sample(model, PROMPTS, 3, 20, 0.0, EOS)
+    assert all(group == [group[0]] * 3 for group in groups)
+
+
+# ---------------------------------------------------------------- the distribution
+
+
+def sequences(vocabulary, eos_ids, length):
+    """Every completion there can be: ended by EOS, or of `length` ids without one."""
+    for n in range(1, length + 1):
+        for ids in itertools.product(range(vocabulary), repeat=n):
+            if not set(ids[:-1]) & eos_ids and (ids[-1] in eos_ids or n == length):
+                yield list(ids)
+
+
+def probabilities(model, prompt, completions, temperature):
+    """Of each completion, from whole softmaxes in float64."""
+    out = []
+    for c in completions:
+        logp = torch.log_softmax(model(torch.tensor([prompt + c])).logits[0] / temperature, -1)
+        out.append(sum(logp[len(prompt) + i - 1, y] for i, y in enumerate(c)).exp().item())
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
+@torch.no_grad()
+def test_completions_come_as_often_as_exact_enumeration_says(narrow, chi_square, temperature):
+    model, prompt, n = narrow(dtype=torch.float64, vocab_size=4, seed=1), [2, 0, 3], 6000
+    every = list(sequences(4, {0}, 3))
+    p = probabilities(model, prompt, every, temperature)
+    assert p.sum().item() == pytest.approx(1)
+    drawn = sample(model, [prompt, [1]], n, 3, temperature, {0}, torch.Generator().manual_seed(0))[0]
+    counts = [drawn.count(ids) for ids in every]
+    assert sum(counts) == n  # nothing else was drawn
+    assert chi_square(counts, p * n) > 1e-3
+    other = probabilities(model, prompt, every, temperature * 1.3)
+    assert chi_square(counts, other * n) < 1e-6  # and the test would notice
+
+
+@torch.no_grad()
+def test_no_token_is_cut_off_whatever_the_generation_config_lists(narrow, chi_square):
+    model, n = narrow(dtype=torch.float64, vocab_size=80, seed=2), 30_000
+    model.generation_config.update(top_k=5, top_p=0.3, min_p=0.1, repetition_penalty=1.3, temperature=0.2, do_sample=True)
+    p = torch.softmax(model(torch.tensor([[3, 1]])).logits[0, -1], -1)
+    drawn = torch.tensor(sample(model, [[3, 1]], n, 1, 1.0, {0}, torch.Generator().manual_seed(0))[0])[:, 0]
+    assert chi_square(torch.bincount(drawn, minlength=80), p * n) > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@torch.no_grad()
+def test_the_scores_of_completions_are_those_of_the_distribution_they_were_drawn_from(narrow, chi_square, temperature):
+    model, prompt, n = narrow(dtype=torch.float64, vocab_size=4, seed=1), [2, 0, 3], 4000
+    every = list(sequences(4, {0}, 3))
+    logp, H = score(model, [prompt] * len(every), every, temperature)
+    p = logp.double().sum(1).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    drawn = sample(model, [prompt], n, 3, temperature, {0}, torch.Generator().manual_seed(1))[0]
+    assert chi_square([drawn.count(ids) for ids in every], p / p.sum() * n) > 1e-3
+    of = {tuple(ids): x for ids, x in zip(every, zip(logp.sum(1).tolist(), H.sum(1).tolist()))}
+    mean = [sum(of[tuple(ids)][k] for ids in drawn) / n for k in (0, 1)]
+    assert -mean[0] == pytest.approx(mean[1], rel=0.04)  # the mean of -log p is the entropy of what was drawn
+
+
+def test_a_token_is_the_first_whose_cumulated_probability_exceeds_the_random_number():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    u = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 1 - 2**-24])
+    assert next_token(logits.expand(8, 4), 1.0, u).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_what_has_no_probability_is_never_drawn():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-24])
+    assert next_token(logits.expand(4, 5), 1.0, u).tolist() == [1, 1, 3, 3]
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_a_generator_makes_completions_reproducible_and_the_global_one_is_left_alone(model):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = sample(model, PROMPTS, 4, 12, 1.0, EOS, torch.Generator().manual_seed(7))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    torch.rand(100)
+    assert sample(model, PROMPTS, 4, 12, 1.0, EOS, torch.Generator().manual_seed(7)) == first
+    assert sample(model, PROMPTS, 4, 12, 1.0, EOS, torch.Generator().manual_seed(8)) != first
+
+
+def test_the_generator_moves_on_by_as_much_whatever_was_drawn(model, narrow):
+    states = []
+    for policy, eos_ids in ((model, EOS), (model, {0}), (narrow(seed=3), EOS)):
+        generator = torch.Generator().manual_seed(7)
+        sample(policy, PROMPTS, 4, 12, 1.0, eos_ids, generator)
+        states.append(generator.get_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
+def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(narrow, architecture, monkeypatch):
+    model = narrow(architecture, torch.float64)
+    compacted = []
+    keep = rollout.RowCache.keep
+    monkeypatch.setattr(rollout.RowCache, "keep", lambda cache, alive: (compacted.append(len(alive)), keep(cache, alive))[1])
+    noise = uniforms(len(PROMPTS), 6, 40, torch.Generator().manual_seed(3))
+    together = sample(model, PROMPTS, 6, 40, 1.0, EOS, noise=noise)
+    assert len(compacted) >= 3 and compacted[-1] < compacted[0] < 30  # rows did leave, more than once
+    for i, prompt in enumerate(PROMPTS):  # alone no row ever leaves before the end
+        assert [sample(model, [prompt], 1, 40, 1.0, EOS, noise=noise[i : i + 1, j : j + 1])[0][0] for j in range(6)] == together[i]
+    assert len({len(c) for group in together for c in group}) > 8
+
+
+def test_completions_stand_in_the_order_of_their_prompts(model):
+    noise = uniforms(5, 3, 20, torch.Generator().manual_seed(3))
+    forth = sample(model, PROMPTS, 3, 20, 1.0, EOS, noise=noise)
+    order = [3, 0, 4, 2, 1]
+    assert sample(model, [PROMPTS[i] for i in order], 3, 20, 1.0, EOS, noise=noise[order]) == [forth[i] for i in order]
+    assert [len(group) for group in forth] == [3] * 5 and len({str(group) for group in forth}) == 5
+
+
+# ---------------------------------------------------------------- where a completion ends
+
+
+def test_each_of_several_end_of_sequence_ids_ends_a_completion_and_is_its_last_id(model):
+    noise = uniforms(len(PROMPTS), 8, 30, torch.Generator().manual_seed(3))
+    endless = sample(model, PROMPTS, 8, 30, 1.0, {V + 1}, noise=noise)  # an id that no token has
+    assert all(len(c) == 30 for group in endless for c in group)
+    completions = sample(model, PROMPTS, 8, 30, 1.0, EOS, noise=noise)
+    assert completions == [[cut(c, EOS) for c in group] for group in endless]
+    assert {c[-1] for group in completions for c in group} > EOS  # both occur, and truncated ones as well
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_a_completion_that_does_not_end_has_max_new_tokens_ids(model, limit):
+    noise = uniforms(len(PROMPTS), 8, 7, torch.Generator().manual_seed(3))[:, :, :limit]
+    completions = [c for group in sample(model, PROMPTS, 8, limit, 1.0, EOS, noise=noise) for c in group]
+    assert all(1 <= len(c) <= limit and not set(c[:-1]) & EOS for c in completions)
+    assert all(c[-1] in EOS for c in completions if len(c) < limit) and any(c[-1] not in EOS for c in completions)
+
+
+def test_end_of_sequence_inside_a_prompt_ends_nothing(model):
+    model.config.pad_token_id = 5
+    assert len({len(c) for c in sample(model, [[5, 11, 5]], 50, 20, 1.0, EOS, torch.Generator().manual_seed(0))[0]}) > 3
+
+
+def test_an_empty_prompt_is_an_error_and_no_prompts_are_no_completions(model):
+    with pytest.raises(ValueError, match="prompt"):
+        sample(model, [[1, 2], []], 2, 5, 1.0, EOS)
+    assert sample(model, [], 2, 5, 1.0, EOS) == []
+
+
+# ---------------------------------------------------------------- policies
+
+
+def variant(checkpoint, folder, **changes):
+    """A copy of a checkpoint whose JSON files are changed: {file: function of its content}."""
+    shutil.copytree(checkpoint, folder)
+    for name, change in changes.items():
+        path = folder / f"{name}.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return folder
+
+
+def refused(folder):
+    with pytest.raises(PolicyError) as error:
+        load_policy(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_with_qwens_tokenizer_loads_with_both_its_end_of_sequence_ids(qwen_checkpoint):
+    model, tokenizer, eos_ids = load_policy(str(qwen_checkpoint))
+    assert eos_ids == {151645, 151643}  # of generation_config.json; the tokenizer and config.json know one
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 151645
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "1+1?"}], add_generation_prompt=True)["input_ids"]
+    assert 151645 in ids  # it stands in every chat prompt
+    groups = sample(model, [ids], 2, 4, 1.0, eos_ids, torch.Generator().manual_seed(0))
+    assert [len(c) for c in groups[0]] == [4, 4]
+
+
+def test_a_policy_is_in_eval_mode_and_fp32_and_on_the_device_asked_for(qwen_checkpoint, tmp_path):
+    folder = variant(qwen_checkpoint, tmp_path / "dropout", config=lambda c: c.update(attention_dropout=0.9, dtype="bfloat16"))
+    model, _, _ = load_policy(str(folder))
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(*(score(model, [[1, 2, 3]], [[4, 5]])[0] for _ in range(2)))
+
+
+def test_one_end_of_sequence_id_is_a_set_of_one_and_the_tokenizers_is_taken_where_there_is_no_other(qwen_checkpoint, tmp_path):
+    one = variant(qwen_checkpoint, tmp_path / "one", generation_config=lambda c: c.update(eos_token_id=151643))
+    assert load_policy(str(one))[2] == {151643}
+    none = variant(qwen_checkpoint, tmp_path / "none", generation_config=lambda c: c.pop("eos_token_id"),
+                   config=lambda c: c.update(eos_token_id=None))  # fmt: skip
+    assert load_policy(str(none))[2] == {151645}
+
+
+def test_a_policy_that_cannot_stop_or_chat_or_is_not_there_is_refused_in_one_line(qwen_checkpoint, qwen_tokenizer, tmp_path):
+    refused(tmp_path / "nowhere")
+    refused(qwen_tokenizer)  # no weights
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty")
+    mute = variant(qwen_checkpoint, tmp_path / "mute", tokenizer_config=lambda c: c.pop("chat_template"))
+    assert "chat template" in refused(mute)
+    endless = variant(
+        qwen_checkpoint, tmp_path / "endless", generation_config=lambda c: c.pop("eos_token_id"),
+        config=lambda c: c.update(eos_token_id=None), tokenizer_config=lambda c: c.update(eos_token=None),
+        special_tokens_map=lambda c: c.pop("eos_token"),
+    )  # fmt: skip
+    assert "eos_token_id" in refused(endless)
+
+
+def test_a_folder_whose_files_are_broken_is_refused_in_one_line(qwen_checkpoint, tmp_path):
+    folder = variant(qwen_checkpoint, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(folder)
+
+
+# ---------------------------------------------------------------- the embedded policy
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_policy(TINY, dtype=torch.float64)
+
+
+def test_the_embedded_policy_spells_every_problem_and_chain_of_thought(tiny):
+    from arithmetic import chain_of_thought, correct, problems
+
+    model, tokenizer, eos_ids = tiny
+    assert len(tokenizer) == model.config.vocab_size == 20 and eos_ids == {tokenizer.eos_token_id}
+    for prompt, _ in problems("heldout", 64):
+        for text in (prompt, chain_of_thought(prompt, correct)):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids) == text and not set(ids) & eos_ids
+        assert tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True) == prompt
+
+
+def test_the_embedded_policy_completes_as_transformers_does(tiny):
+    from arithmetic import problems
+
+    model, tokenizer, eos_ids = tiny
+    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in problems("heldout", 12)]
+    mine = sample(model, prompts, 1, 40, 0.0, eos_ids)
+    assert mine == greedy_by_transformers(model, prompts, 40, eos_ids)
+    assert all(c[0][-1] in eos_ids and len(c[0]) < 40 for c in mine)
+    assert all("\\boxed{" in tokenizer.decode(c[0]) for c in mine)
+
+
+def test_the_demonstration_shows_samples_of_the_embedded_policy(capsys):
+    rollout.main()
+    assert capsys.readouterr().out.count("\\boxed{") > 8
