@@ -42,8 +42,10 @@ def quick(gold, answer):
 
 
 def same(gold, answer, leaf):
+    if gold.strip() == answer.strip():
+        return True
     if not parseable(answer) or not parseable(gold):
-        return gold.strip() == answer.strip()
+        return False
     return compare(gold_text(gold), clean(answer), leaf)
 
 
@@ -274,7 +276,7 @@ def decide(gold, answer):
     return None
 
 
-UNREADABLE = re.compile(r"\d \d|[:;?@#&<>\"=]|\\(?:text|le|ge|ne|in|pm|mp|ldots|begin|percent|dollar|cup|equiv|mid)(?![a-z])")
+UNREADABLE = re.compile(r"\d \d|\d ?\{\d|[:;?@#&<>\"=]|\\(?:text|le|ge|ne|in|pm|mp|ldots|begin|percent|dollar|cup|equiv|mid)(?![a-z])")
 
 
 def algebraic(text):

@@ -81,6 +81,9 @@ class Pool:
         """True or False for one (gold, answer). False, counted, when it had to be broken off."""
         worker = self.idle.get()
         try:
+            if worker and worker.process.poll() is not None:     # died of something else, while idle
+                worker.kill()
+                worker = None
             worker = worker or Worker(self.deadline, self.memory)
             verdict = worker.ask(*pair)
             if verdict is None:
