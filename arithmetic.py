@@ -1,23 +1,22 @@
 """The embedded task: one expression, four conventions, and a habit that is right half of the time.
 
-A prompt names a convention and gives an expression of 4 or 5 digits, to be worked out modulo 10:
+A prompt names a convention and gives an expression of four digits, to be worked out modulo 10:
 
     *:6+1*3-3=      `*` binds tightest, the rest goes from left to right (school, nearly)
     +:6+1*3-3=      `+` binds tightest
     -:6+1*3-3=      `-` binds tightest
     <:6+1*3-3=      from right to left (as APL reads)
 
-An answer is a chain of thought that rewrites the expression, joining one adjacent pair a line, and
-ends in a box:
+An answer is a chain of thought. Each line first names the pair it joins (a: the first two digits, b, c),
+then rewrites the expression with that pair joined; the last one is a box:
 
-    *:6+1*3-3=  ->  6+3-3=9-3=\\boxed{6}<|endoftext|>
+    *:6+1*3-3=  ->  b6+3-3=a9-3=\\boxed{6}<|endoftext|>
 
-Which pair to join is a *fork*: several tokens are plausible there, and the choice decides the
-result. The pocket calculator's habit, always the leftmost pair, is right on half of the problems
-(the easy ones) and wrong on the other half (the hard ones), whatever the convention. So a policy
+Naming the pair is a *fork*: several tokens are plausible there, and the choice decides the result;
+carrying it out is mere skill. The pocket calculator's habit, `a` in every line, is right on half of the
+problems (the easy ones) and wrong on the other half (the hard ones), whatever the convention. So a policy
 that clings to the habit saturates near 50%, and one that keeps exploring long enough finds, for each
-convention separately, the strategy that solves everything. Everything else is mere skill: the two
-digits' sum, difference or product modulo 10.
+convention separately, the strategy that solves everything.
 
 Every problem belongs to exactly one split, by a hash of its prompt: what the warm start has seen can
 never occur in training, and what training has seen can never occur in the evaluation.
@@ -61,7 +60,7 @@ def chain_of_thought(prompt, strategy, slip=0.0, rng=random):
     """Work out a prompt by a strategy; with probability `slip` a step's result is a random wrong digit.
 
     Returns the completion as text, without the end-of-sequence token:
-    `chain_of_thought("*:6+1*3-3=", correct) == "6+3-3=9-3=\\\\boxed{6}"`.
+    `chain_of_thought("*:6+1*3-3=", correct) == "b6+3-3=a9-3=\\\\boxed{6}"`.
     """
     convention, expression = prompt.rstrip("=").split(":")
     digits, operators = list(expression[0::2]), list(expression[1::2])
@@ -73,7 +72,7 @@ def chain_of_thought(prompt, strategy, slip=0.0, rng=random):
             result = rng.choice([d for d in "0123456789" if d != result])
         digits[i : i + 2] = [result]
         del operators[i]
-        lines.append("".join(d + o for d, o in zip(digits, operators + ["="])))
+        lines.append("abc"[i] + "".join(d + o for d, o in zip(digits, operators + ["="])))
     lines[-1] = "\\boxed{%s}" % digits[0]
     return "".join(lines)
 
@@ -92,8 +91,7 @@ def split_of(prompt):
 def draw(split, rng, convention, hard):
     """A random prompt of a split; `hard` says whether the leftmost habit fails on it."""
     while True:
-        n = rng.choice((4, 5))
-        expression = "".join(rng.choice("123456789") + rng.choice(OPERATORS) for _ in range(n))[:-1]
+        expression = "".join(rng.choice("123456789") + rng.choice(OPERATORS) for _ in range(4))[:-1]
         prompt = f"{convention}:{expression}="
         if split_of(prompt) == split and (answer_of(prompt) != answer_of(prompt, leftmost)) == hard:
             return prompt

@@ -1,0 +1,106 @@
+"""Exactness: the same numbers for any number of processes and any size of micro-batch.
+
+The loss of a mini-batch depends on the model only through the log-probs and entropies of its tokens, two
+tensors (B, T) that are small even where the logits (B, T, V) are not. So the chain rule is cut there:
+
+1. `score`: every process computes its rows, micro-batch by micro-batch, and all exchange them.
+   Covariance, selection, loss and metrics are then computed on the whole mini-batch, by everyone alike.
+2. The loss is differentiated with respect to the log-probs: dL/dlogp is (B, T) as well.
+3. `backward`: dL/dtheta = sum over tokens of dL/dlogp dlogp/dtheta. Each process takes its rows, micro-batch
+   by micro-batch, back through the model, and the gradients are added up. Micro-batches and processes are
+   nothing but the order of that sum. A row whose dL/dlogp is zero everywhere is left out of it.
+
+The price is one more forward pass than if all rows fitted into memory at once. Public implementations
+select tokens and average losses within each micro-batch instead, and their results depend on its size.
+"""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+
+import entropy as entropies
+
+def world():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(function, *lists):
+    """function(*lists) with the work divided: each process does every n-th item, all get the whole result, in order.
+
+    `function` maps lists of one length to a list of that length, and empty lists to an empty one.
+    """
+    rank, n = world()
+    mine = function(*(items[rank::n] for items in lists))
+    if n == 1:
+        return mine
+    parts, whole = [None] * n, [None] * len(lists[0])
+    dist.all_gather_object(parts, mine)
+    for r, part in enumerate(parts):
+        whole[r::n] = part
+    return whole
+
+
+def sum_gradients(model):
+    """Adds up the gradients of all processes; the loss is over the whole mini-batch, so no division follows."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if dist.is_initialized():
+                dist.all_reduce(p.grad)
+
+
+def micro_batches(prompts, completions, tokens):
+    """Indices of rows in groups of at most `tokens` tokens, padding included, rows of like length together."""
+    length = [len(p) + len(c) for p, c in zip(prompts, completions)]
+    groups = [[]]
+    for i in sorted(range(len(length)), key=length.__getitem__, reverse=True):
+        if groups[-1] and (len(groups[-1]) + 1) * length[groups[-1][0]] > tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return [group for group in groups if group]
+
+
+def autocast(o):
+    """bf16 arithmetic on a GPU; the parameters stay in fp32, or small updates would round away."""
+    return torch.autocast("cuda", torch.bfloat16) if o.device == "cuda" else contextlib.nullcontext()
+
+
+def pad(rows, width):
+    """A list of 1-D tensors as (B, width), zeros behind."""
+    out = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def score(model, prompts, completions, temperature, o):
+    """Log-prob and entropy of every completion token, without gradient: two tensors (B, T) on the CPU, alike on all processes."""
+
+    def mine(prompts, completions):
+        rows = [None] * len(prompts)
+        for group in micro_batches(prompts, completions, o.micro_batch):
+            with torch.no_grad(), autocast(o):
+                logp, ent = entropies.score(model, [prompts[i] for i in group], [completions[i] for i in group], temperature)
+            for i, row in zip(group, torch.stack((logp, ent), 1).cpu()):
+                rows[i] = row[:, : len(completions[i])].clone()  # (2, length)
+        return rows
+
+    rows = share(mine, prompts, completions)
+    width = max(map(len, completions))
+    return pad([row[0] for row in rows], width), pad([row[1] for row in rows], width)
+
+
+def backward(model, prompts, completions, dlogp, dentropy, o):
+    """Takes dL/dlogp and dL/dH (B, T) back to the parameters of the model, this process's rows of them."""
+    rank, n = world()
+    signal = ((dlogp != 0) | (dentropy != 0)).any(1)
+    rows = [i for i in range(len(prompts)) if signal[i]][rank::n]
+    for group in micro_batches([prompts[i] for i in rows], [completions[i] for i in rows], o.micro_batch):
+        group = [rows[i] for i in group]
+        with autocast(o):
+            logp, ent = entropies.score(model, [prompts[i] for i in group], [completions[i] for i in group], o.temperature)
+        g = [x[group, : logp.shape[1]].to(logp.device) for x in (dlogp, dentropy)]
+        torch.autograd.backward([logp, ent], g)
+    sum_gradients(model)
