@@ -114,9 +114,10 @@ def test_the_same_expression_needs_another_strategy_under_another_convention():
 
 
 @pytest.mark.parametrize("convention, chain", [
-    ("*", "6+3-3=9-3=\\boxed{6}"), ("+", "7*3-3=1-3=\\boxed{8}"), ("-", "6+1*0=7*0=\\boxed{0}"), ("<", "6+1*0=6+0=\\boxed{6}"),
+    ("*", "b6+3-3=a9-3=\\boxed{6}"), ("+", "a7*3-3=a1-3=\\boxed{8}"),
+    ("-", "c6+1*0=a7*0=\\boxed{0}"), ("<", "c6+1*0=b6+0=\\boxed{6}"),
 ])  # fmt: skip
-def test_a_chain_joins_the_pair_that_its_convention_asks_for(convention, chain):
+def test_a_chain_names_and_joins_the_pair_that_its_convention_asks_for(convention, chain):
     assert chain_of_thought(convention + ":6+1*3-3=", correct) == chain
 
 
@@ -124,18 +125,19 @@ def test_a_chain_joins_the_pair_that_its_convention_asks_for(convention, chain):
 def test_a_chain_ends_in_its_boxed_answer(sets, strategy):
     for prompt in sets["heldout"]:
         chain = chain_of_thought(prompt, strategy)
-        assert re.fullmatch(r"(\d[*+-]\d[*+-]\d=)(\d[*+-]\d=)\\boxed\{\d\}", chain)
+        assert re.fullmatch(r"[abc]\d[*+-]\d[*+-]\d=[ab]\d[*+-]\d=\\boxed\{\d\}", chain)
         assert extract_answer(chain) == chain[-2]
         if strategy is correct:
             assert extract_answer(chain) == evaluate(prompt)
 
 
-def test_every_line_follows_from_the_one_before_by_one_join(sets):
+def test_every_line_names_the_pair_that_it_joins_of_the_line_before(sets):
     for prompt in sets["heldout"]:
-        lines = [prompt[2:-1], *re.split("=", chain_of_thought(prompt, anything).replace("\\boxed{", "").replace("}", ""))]
-        for line, after in zip(lines, lines[1:]):
-            joins = [line[:i] + str(COMPUTE[line[i + 1]](int(line[i]), int(line[i + 2])) % 10) + line[i + 3 :] for i in range(0, len(line) - 2, 2)]
-            assert after in joins
+        line = prompt[2:-1]
+        for after in re.fullmatch(r"(.*)=(.*)=\\boxed\{(.)\}", chain_of_thought(prompt, anything)).groups():
+            i = 2 * "abc".index(after[0]) if len(after) > 1 else 0  # the box joins the one pair that is left
+            line = line[:i] + str(COMPUTE[line[i + 1]](int(line[i]), int(line[i + 2])) % 10) + line[i + 3 :]
+            assert after[-len(line) :] == line
 
 
 def test_a_slip_changes_the_result_of_every_step(sets):
@@ -143,13 +145,13 @@ def test_a_slip_changes_the_result_of_every_step(sets):
     for prompt in sets["heldout"]:
         right = chain_of_thought(prompt, leftmost)
         slipped = chain_of_thought(prompt, leftmost, slip=1.0, rng=rng)
-        assert slipped[0] != right[0] and slipped[1:6] == right[1:6]  # the result of the first join, the rest of its line
+        assert slipped[0] == right[0] == "a" and slipped[1] != right[1] and slipped[2:7] == right[2:7]  # its result alone
         assert chain_of_thought(prompt, leftmost, slip=0.0, rng=rng) == right
 
 
 def test_slips_come_as_often_as_asked(sets):
     rng = random.Random(0)
-    slips = [chain_of_thought(p, leftmost, slip=0.1, rng=rng)[0] != chain_of_thought(p, leftmost)[0] for p in sets["train"]]
+    slips = [chain_of_thought(p, leftmost, slip=0.1, rng=rng)[1] != chain_of_thought(p, leftmost)[1] for p in sets["train"]]
     assert 0.08 < sum(slips) / len(slips) < 0.12
 
 

@@ -192,7 +192,7 @@ def test_kl_cov_is_the_plain_ratio_and_a_penalty_on_the_top_tokens(seed):
 
 def test_kl_cov_has_no_clip():
     old, mask = torch.full((1, 4), -3.0), torch.ones(1, 4, dtype=torch.bool)
-    now = old + torch.tensor([[2.0, -2.0, 2.0, -2.0]])
+    now = old + torch.tensor([[9.0, -9.0, 9.0, -9.0]])
     A = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
     _, g, _ = push("kl_cov", (now, old, A, mask), options(kl_cov_beta=0.0))
     torch.testing.assert_close(g, -(now - old).exp() * A)
@@ -294,7 +294,7 @@ def test_what_stands_where_no_token_is_changes_neither_loss_nor_gradient_nor_sel
     dirty = [x.detach().masked_fill(~mask, garbage) for x in (now, old, A)]
     dirty_loss, dirty_g, dirty_t = push(method, (*dirty, mask))
     assert torch.equal(aggregate(dirty_loss, mask, mask.sum()), aggregate(loss, mask, mask.sum()))
-    assert torch.equal(dirty_g[mask], g[mask]) and (g[~mask] == 0).all()
+    assert torch.equal(dirty_g, g) and (g[~mask] == 0).all()
     for name in ("selected", "clipped"):
         if getattr(t, name) is not None:
             assert torch.equal(getattr(t, name), getattr(dirty_t, name)) and not getattr(t, name)[~mask].any()
