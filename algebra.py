@@ -5,8 +5,8 @@ the gold first. Then both are evaluated, to 60 digits, at the same random points
 
 - One point at which they differ refutes. Differences are relative, and rational values are compared
   exactly: 2^{-2012} is not 2^{-2013}, 2^{1009} is not 2^{1009} + 1.
-- Several points at which they agree convince. For analytic expressions that is the Schwartz-Zippel
-  argument; floors, factorials and binomials are compared at natural numbers, where they are meant.
+- Several points at which they agree convince (the argument of Schwartz and Zippel). The points are fractions of
+  either sign; natural numbers if both sides round (and not x), or if fractions give no value, as in (-1)^n.
 - A point at which a side is not real (roots, logarithms) says nothing, unless i occurs.
 
 What has no values at points (integrals, sums, limits) is left to math-verify's `verify`, gold first.
@@ -106,8 +106,9 @@ def agree(g, a):
     if not symbols:
         return same_value(value(g), value(a)) is True
     real = not (g.has(sympy.I) or a.has(sympy.I))
-    discrete = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial)
-    for whole in ([True] if g.has(*discrete) or a.has(*discrete) else [False, True]):
+    rounding = [e.has(sympy.floor, sympy.ceiling) for e in (g, a)]
+    counts = not any(str(s) in "xyz" for s in symbols)      # floor(x) is not ceil(x), n counts something
+    for whole in ([True] if all(rounding) and counts else [False] if any(rounding) else [False, True]):
         agreeing = 0
         for point in points(symbols, whole):
             verdict = same_value(value(g.xreplace(point)), value(a.xreplace(point)), real)

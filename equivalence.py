@@ -24,7 +24,8 @@ What math-verify 0.9.0 gets wrong and is put right here:
   equation keeps the right side (24=25 is 25).
 - It rejects `5.` and `\frac{n^2} 4`, which `clean` spells out.
 - Its plain-text extraction hands the model's text to sympy's parse_expr, which calls eval. That path
-  is not used: `latex2sympy` is a grammar that builds objects and runs no code. (grader.py makes sure.)
+  is not used. `latex2sympy`, a grammar that builds objects, reaches eval once, in sympy.Number of a numeral's
+  text: algebra.py reads numerals itself, and a worker of grader.py refuses whatever else might be compiled.
 
     python equivalence.py      what is decided at sight, and what is left to algebra
 """
@@ -83,17 +84,28 @@ def compare(gold, answer, leaf):
         return True
     g, g_union = members(gold)
     a, a_union = members(answer)
+    g, a = coordinates(g, a), coordinates(a, g)
     if len(g) != len(a) or len(g) > ITEMS:
         return False
     if len(g) == 1:
         return single(g[0], a[0], leaf)
     if g_union != a_union and not all(relation(x) for x in (a if g_union else g)):
         return False
-    names = [{named(x)[0] for x in items} for items in (g, a)]
-    in_order = any(words(x) for x in g) or (names[0] != names[1] and max(map(len, names)) > 1)
-    if in_order:      # a ranking, or values without the names that say which is which
-        return every(compare(x, y, leaf) for x, y in zip(g, a))
+    names = [{named(x)[0] for x in items} - {None} for items in (g, a)]
+    if names[0] != names[1] and max(map(len, names)) > 1:
+        return False                                                        # which value is whose?
+    if any(words(x) for x in g):
+        return every(compare(x, y, leaf) for x, y in zip(g, a))             # a ranking
     return matching(g, a, leaf)
+
+
+def coordinates(items, other):
+    """x=1, y=2 as the point (1,2), if that is what it is compared with."""
+    if len(items) > 1 == len(other) and shape(named(other[0])[1][-1])[0] == "()":
+        names, values = zip(*(named(item) for item in items))
+        if None not in names and list(names) == sorted({*names}):
+            return ["(" + ",".join(value[-1] for value in values) + ")"]
+    return items
 
 
 def matching(gold, answer, leaf):
@@ -112,25 +124,26 @@ def matching(gold, answer, leaf):
 
 def members(text):
     r"""The members of a list, a set or a union, and whether it is a union. Each \pm stands for two."""
-    hole = re.fullmatch(r"(?:(.+)\\ne|\(-\\infty,\\infty\)\\(?:setminus|backslash)\\\{)([^,\\]+?)(?:\\\})?", text)
+    hole = HOLE.fullmatch(text)
     if hole and (hole[1] is None or is_name(hole[1])):
         return [rf"(-\infty,{hole[2]})", rf"({hole[2]},\infty)"], True
     pieces, separators = split(text, r",|;|\\cup")
     if len(pieces) == 1 and (inner := re.fullmatch(r"(?:[^=]*=)?\\\{(.*)\\\}", text)) \
-            and not re.search(r"\\mid|\||:", text) and closing_set(text):
+            and not re.search(r"\\mid|\||:", text) and closed(text, text.index("{")):
         pieces, separators = split(inner[1], ",|;")
-    signs = [[PLUS_MINUS.sub(sign, piece) for sign in "+-"] if len(PLUS_MINUS.findall(piece)) == 1 and r"\mp" not in piece
-             else [piece] for piece in pieces]
-    pieces = [re.sub(r"(?<![^=(\[{,])\+", "", piece) for pair in signs for piece in pair]
-    return pieces, r"\cup" in separators
+    return [member for piece in pieces for member in both_signs(piece)], r"\cup" in separators
 
 
+def both_signs(text):
+    r"""a\pm b as [a+b, a-b]; text with no \pm, or with several that may go together or not, as it is."""
+    if len(PLUS_MINUS.findall(text)) != 1 or r"\mp" in text:
+        return [text]
+    return [LEADING_PLUS.sub("", PLUS_MINUS.sub(sign, text)) for sign in "+-"]
+
+
+HOLE = re.compile(r"(?:(.+)\\ne|\(-\\infty,\\infty\)\\(?:setminus|backslash)\\\{)([^,\\]+?)(?:\\\})?")    # x \ne 3
 PLUS_MINUS = re.compile(r"\\pm(?![a-z]) ?")
-
-
-def closing_set(text):
-    start = text.index("{")
-    return closing(text, start) == len(text)
+LEADING_PLUS = re.compile(r"(?<![^=(\[{,])\+")
 
 
 def single(gold, answer, leaf):
@@ -145,7 +158,7 @@ def single(gold, answer, leaf):
         return shaped(gold, answer, leaf)
     else:
         verdict = every(compare(g[-1], value, leaf) for value in a)    # 3+2=5, but not 24=25
-    if verdict is not True and g_name and "=" in answer and variables(g[-1]):
+    if verdict is not True and g_name and "=" in answer and letters(g[-1]):
         return leaf(gold, answer)                  # y=2x+3 against 2x-y=-3
     return verdict
 
@@ -154,6 +167,8 @@ def shaped(gold, answer, leaf):
     """`compare` for values without names: brackets, matrices and relations piece by piece, the rest by `leaf`."""
     g_kind, g, g_name = shape(gold)
     a_kind, a, a_name = shape(answer)
+    if g_kind == "<<" and a_kind == "()":
+        g_kind = "()"                              # 2<x<4 asks for an interval, (2,4) might ask for a point
     if g_kind != a_kind or len(g) != len(a) or (g_name and a_name and g_name != a_name):
         return False
     if g_kind == "value":
@@ -163,22 +178,23 @@ def shaped(gold, answer, leaf):
 
 def shape(text):
     """(kind, items in order, name): a matrix, brackets around several items, a relation, or a single value."""
-    while text[:1] in ("(", "{") and balanced_until_end(text) and len(split(text[1:-1], ",|;")[0]) == 1:
+    while text[:1] in ("(", "{") and closed(text) and len(split(text[1:-1], ",|;")[0]) == 1:
         text = text[1:-1]
     matrix = re.fullmatch(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]*\})?(.*?)¶?\\end\{\1\}", text)
     if matrix:
         rows = [row.split("&") for row in matrix[2].split("¶")]
         return f"matrix {[len(row) for row in rows]}", [x for row in rows for x in row], None
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and balanced_until_end(text):
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and closed(text):
         items = split(text[1:-1], ",|;")[0]
         if len(items) > 1:
             return text[0] + text[-1], items, None
     return relation(text) or ("value", [text], None)
 
 
-def balanced_until_end(text):
+def closed(text, start=0):
+    """Whether the bracket at `start` is closed by the last character of `text`."""
     try:
-        return closing(text, 0) == len(text)
+        return closing(text, start) == len(text)
     except IndexError:
         return False
 
@@ -201,26 +217,29 @@ def relation(text):
         return None
     kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
     if kind == "()" and r"\infty" not in pieces[0] + pieces[2]:
-        kind = "<<"                                # (2,4) might be a point, 2<x<4 is none
+        kind = "<<"
     return kind, [pieces[0], pieces[2]], pieces[1]
 
 
-NAME = re.compile(r"(?:[a-zA-Z']|\\(?!pi|infty)(?:[aA]lpha|[bB]eta|[gG]amma|[dD]elta|[eE]psilon|theta|[lL]ambda|mu|[rR]ho"
-                  r"|[sS]igma|tau|[pP]hi|[oO]mega|angle|triangle|max|min|sin|cos|tan|cdot|ell|text\{[^{}]*\}|overline\{[A-Z]+\})"
-                  r"|[(),| +-])+")
+GREEK = (r"(?:[aA]lpha|[bB]eta|[gG]amma|[dD]elta|(?:var)?epsilon|[zZ]eta|eta|(?:var)?[tT]heta|kappa|[lL]ambda|mu|nu|[xX]i|rho"
+         r"|[sS]igma|tau|(?:var)?[pP]hi|chi|[pP]si|[oO]mega|ell)(?![a-zA-Z])")
+NAME = re.compile(rf"(?:[a-zA-Z']|\\{GREEK}|\\(?:angle|triangle|max|min|sin|cos|tan|cdot)(?![a-zA-Z])"
+                  r"|\\text\{[^{}]*\}|\\overline\{[A-Z]+\}|\|[A-Z]\||[(), +-])+")
+COMMAND = re.compile(rf"\\(?!{GREEK})[a-zA-Z]+")
+LETTER = re.compile(rf"\\{GREEK}|[a-zA-Z]")
 
 
 def is_name(text):
     """Whether `text` may stand before `=` without being part of the answer: x, f(x), a+b, P(A), x_{1}, \\angle ABC."""
     text = re.sub(r"_\{[^{}]*\}|(?<=[a-zA-Z}])\([^()]*\)", "", text)
-    derivative = re.fullmatch(r"\\frac\{d[a-zA-Z]\}\{d[a-zA-Z]\}", text)
-    return bool(derivative or NAME.fullmatch(text) and text[0] not in "-+" and variables(text))
+    if re.fullmatch(r"\\frac\{d[a-zA-Z]\}\{d[a-zA-Z]\}", text):
+        return True
+    return bool(NAME.fullmatch(text) and text[0] not in "-+" and letters(text) and "not" not in text)
 
 
-def variables(text):
-    """Whether letters other than the constants e and i occur outside commands (Greek letters count)."""
-    return bool(re.search(r"[a-df-hj-zA-Z]|\\(?:text|alpha|beta|theta|lambda|omega|sigma|tau|mu|rho|phi)",
-                          re.sub(r"\\(?!text|alpha|beta|theta|lambda|omega|sigma|tau|mu|rho|phi)[a-zA-Z]+", "", text)))
+def letters(text):
+    """The letters of an expression, Greek ones included, other than those of commands and the constants e and i."""
+    return {*LETTER.findall(COMMAND.sub("", text))} - {"e", "i"}
 
 
 def named(text):
@@ -245,7 +264,9 @@ def named(text):
 def words(text):
     """`text` as a word to be compared as such (a name, a direction, a string of labels), else None."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    return plain.lower().replace("_", "") if re.fullmatch(r"[a-zA-Z_']{3,}(?:-[a-zA-Z_']{2,})*|[A-Z]{2}|[nN]o", plain) else None
+    if not re.fullmatch(r"[a-zA-Z_']{3,}(?:-[a-zA-Z_']{2,})*|[A-Z]{1,2}|[nN]o", plain):
+        return None
+    return plain.replace("_", "").lower() if len(plain) > 1 else plain
 
 
 BASED = re.compile(r"\d\)?_|[0-9A-F]{2}_\{\d")    # 204_5: a numeral with a base
@@ -256,7 +277,7 @@ def decide(gold, answer):
     if gold == answer:
         return True
     if "=" in gold or "=" in answer:
-        return None if "=" in gold and "=" in answer else False
+        return None if "=" in gold and "=" in answer and letters(gold) == letters(answer) else False
     (g, g_unit), (a, a_unit) = unit(gold), unit(answer)
     if g_unit and a_unit and g_unit != a_unit:
         return False
@@ -269,14 +290,15 @@ def decide(gold, answer):
         return re.sub(r"[()]", "", g) == re.sub(r"[()]", "", a)
     if words(g) or words(a):
         return words(g) == words(a)
-    if (x is not None and variables(a)) or (y is not None and variables(g)):
+    if letters(g) != letters(a):       # n against m; one could cancel, but who writes that
         return False
     if not (algebraic(g) and algebraic(a)) or "percent" in (g_unit, a_unit):
         return False
     return None
 
 
-UNREADABLE = re.compile(r"\d \d|\d ?\{\d|[:;?@#&<>\"=]|\\(?:text|le|ge|ne|in|pm|mp|ldots|begin|percent|dollar|cup|equiv|mid)(?![a-z])")
+UNREADABLE = re.compile(r"""\d[ ]\d | \d[ ]?\{\d | \.\d*\. | [^a-zA-Z']' | \\[a-z]+' | [:;?@#&<>"=]
+                        | \\(?:text|le|ge|ne|in|pm|mp|ldots|begin|percent|dollar|cup|equiv|mid)(?![a-z])""", re.X)
 
 
 def algebraic(text):

@@ -12,21 +12,26 @@ is to end the process. So:
 3. A worker limits its own memory, and arms a kernel timer with the default action (death), so that
    it ends even if its parent has been killed and nobody is left to wait for it.
 4. A worker without a parent reads end-of-file and leaves.
+5. A worker refuses to compile text (so there is no eval), to start programs and to open connections.
 
 The workers are started as `python grader.py --worker`, not through multiprocessing: the spawn
 method would import the user's __main__ module (train.py, with torch and a GPU context) into each
 of them, and fork is unsafe beside CUDA and threads. Nothing starts before the first question.
+
+    python grader.py      an ordinary pair, one that would run for ever, and an ordinary one again
 """
+
 import atexit
 import json
 import os
 import queue
-import select
+import selectors
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-DEADLINE = 5.0          # seconds; ordinary pairs take 0.001 to 0.15 (../shared measurements: p99)
+DEADLINE = 5.0          # seconds; ordinary pairs take milliseconds, the first of their kind up to half a second
 START = 120.0           # seconds a worker may take to import sympy on a cold, busy disk
 MEMORY = 768 * 2**20    # bytes of address space; a worker that has imported sympy has about 100 MiB
 
@@ -46,8 +51,10 @@ class Worker:
 
     def _line(self, seconds):
         """The next line the worker writes, or None if it dies or stays silent for too long."""
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            return None
+        with selectors.DefaultSelector() as selector:      # select.select cannot watch file 1024 and above
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return None
         line = self.process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
@@ -169,6 +176,13 @@ def serve(deadline, memory):
         say(verdict)
 
 
+def main():
+    pool = Pool(size=1, deadline=1.0)
+    for gold, answer in [("x+1", "1+x"), ("x+1", "x+2"), ("25", r"\binom{10^9}{5 \cdot 10^8}"), ("x+1", "1+x")]:
+        start = time.perf_counter()
+        verdict = pool.ask((gold, answer))
+        print(f"{gold:5} {answer:28} {verdict!s:6} {time.perf_counter() - start:6.3f} s, {pool.broken} broken off")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        serve(float(sys.argv[2]), int(sys.argv[3]))
+    serve(float(sys.argv[2]), int(sys.argv[3])) if sys.argv[1:2] == ["--worker"] else main()

@@ -61,7 +61,10 @@ SPELLING = [(re.compile(pattern), spelling) for pattern, spelling in [
     (r"\\(?:times|cdot|ast)(?![a-zA-Z])|\*", r"\\cdot "),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    (r"\\langle(?![a-zA-Z])", "("),
+    (r"\\rangle(?![a-zA-Z])", ")"),
     (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
     (r"\\mathbb\s*(?:\{R\}|R)|\\R(?![a-zA-Z])", r"(-\\infty,\\infty)"),
     (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\deg(?:ree)?(?![a-zA-Z])", r"\\degree "),
@@ -252,6 +255,8 @@ def unit(text):
 def canonical_unit(phrase):
     """`square inches` and `inches^2` as in^2, `miles per hour` as mi/h; None if a word is not a unit."""
     phrase = phrase.replace(r"\text", " ").replace("_", " ").replace("^{", " ^").lower()
+    if not re.fullmatch(r"(?:[a-z]+|\^-?\d|[ /{}.]|\\cdot)*", phrase):
+        return None
     words = re.findall(r"[a-z]+|/|\^-?\d", re.sub(r"(?<![a-z])(square|cubic|sq(?!uare))(?=[a-z])", r"\1 ", phrase))
     result, power = "", ""
     for word in words:

@@ -113,12 +113,14 @@ def main():
         ("0.333", r"\boxed{\frac{1}{3}}"),
         ("25", r"\boxed{__import__('os').system('rm -rf /')}"),
         ("25", r"\boxed{9^{9^{9^{9}}}}"),
+        ("25", r"\boxed{\binom{10^9}{5 \cdot 10^8}}"),
         ("25", r"\boxed{\int_0^1 \prod_{k=1}^{99999999} (x+k)^{k!} dx}"),
         ("25", "\\boxed{" + "(" * 5000 + "}"),
     ]
+    POOLS[os.getpid()] = Pool(deadline=1.0)
     for (gold, response), reward in zip(examples, grade_all(*zip(*[(r, g) for g, r in examples]))):
         print(f"{reward}   gold {gold:18} {response[:80]}")
-    print(f"\n{timeouts()} broken off")
+    print(f"\n{timeouts()} broken off after a second: its worker was killed and replaced")
 
 
 if __name__ == "__main__":
