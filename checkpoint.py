@@ -43,6 +43,8 @@ def restore(policy, o):
     """The step that the checkpoint ends with; metrics.jsonl and samples.jsonl are cut back to it."""
     state = torch.load(Path(o.out) / "checkpoint" / "state.pt", map_location=o.device, weights_only=True)
     policy.optimizer.load_state_dict(state["optimizer"])
+    for group in policy.optimizer.param_groups:
+        group["lr"] = o.lr  # not the one that the checkpoint was written with
     if world()[0] == 0:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = Path(o.out) / name

@@ -44,6 +44,7 @@ def options(argv=None):
         epilog="Options may also stand in a file, one per line: python train.py @recipes/FILE.txt --method kl_cov",
     )  # fmt: skip
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    parser.error = lambda message: sys.exit(print(f"train.py: error: {message}", file=sys.stderr) or 2)
 
     def positive(kind):
         def check(text):
@@ -54,6 +55,12 @@ def options(argv=None):
 
         check.__name__ = kind.__name__
         return check
+
+    def number(text):
+        value = float(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"takes a finite number, got {text}")
+        return value
 
     def fraction(text):
         value = float(text)
@@ -68,7 +75,9 @@ def options(argv=None):
     parser.add_argument("--advantage", choices=losses.ESTIMATORS, default="grpo", help="estimator of the advantage (default grpo)")
     add("--model", str, rollout.TINY, "checkpoint folder or hub id of the starting policy (default: the embedded tiny/)")
     add("--data", str, "arithmetic", "training problems: a known name, a local file or a hub id (default: the embedded task)")
-    add("--eval-data", str, "arithmetic_heldout", "held-out problems, likewise")
+    add("--eval-data", str, "arithmetic_heldout", "held-out problems, likewise (default: those of the embedded task)")
+    add("--prompt-field", str, None, "column of the problem in files with unknown columns (default: found by its name)")
+    add("--answer-field", str, None, "column of the gold answer, likewise (default: found by its name)")
     add("--steps", positive(int), 120, "rollout batches (default 120)")
     add("--seed", int, 0, "seed of data order, sampling and selection (default 0)")
     add("--out", str, None, "run directory (default runs/METHOD-sSEED)")
@@ -81,7 +90,7 @@ def options(argv=None):
     add("--mini-batch", positive(int), 8, "problems an update (default 8: 8 updates a rollout batch, as published)")
     add("--passes", positive(int), 1, "times each rollout batch is gone through (default 1, as published)")
     add("--micro-batch", positive(int), 16384, "tokens in memory at a time, padding included (default 16384); changes no result")
-    add("--lr", positive(float), 3e-4, "learning rate of AdamW, constant, no weight decay (published 5e-7 for 7B)")
+    add("--lr", positive(float), 3e-4, "learning rate of AdamW, constant, no weight decay (default 3e-4, for the embedded policy; published 5e-7 for 7B)")
     add("--grad-clip", positive(float), 1.0, "largest norm of the gradient (default 1, as published)")
     add("--temperature", positive(float), 1.0, "of sampling and of the log-probs alike (default 1, as published)")
     add("--max-prompt-tokens", positive(int), 2048, "longer prompts are dropped (default 2048, as published)")
@@ -89,8 +98,8 @@ def options(argv=None):
     add("--clip-low", positive(float), None, "PPO clip: ratio from 1 - this (default 0.2 for grpo, 1 for clip_cov, as published)")
     add("--clip-high", positive(float), None, "PPO clip: ratio up to 1 + this (defaults as for --clip-low)")
     add("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient (default 0.01; published 2e-4)")
-    add("--cov-low", float, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)")
-    add("--cov-high", float, 1000.0, "clip_cov: and below this (default 1000; published 5)")
+    add("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)")
+    add("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)")
     add("--kl-cov-ratio", fraction, 0.02, "kl_cov: fraction of tokens with the penalty (default 0.02; published 2e-3)")
     add("--kl-cov-beta", positive(float), 1.0, "kl_cov: weight of the penalty (default 1, as published)")
     add("--eval-every", positive(int), 5, "steps between evaluations on --eval-data (default 5)")
@@ -107,8 +116,13 @@ def options(argv=None):
         parser.error(f"argument --mini-batch: takes a divisor of --prompts {o.prompts}, got {o.mini_batch}")
     if o.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no GPU that PyTorch can use; take cpu")
-    if (Path(o.out) / "metrics.jsonl").exists() and not (o.resume or o.overwrite):
-        parser.error(f"argument --out: {o.out} already holds a run; take --resume, --overwrite or another directory")
+    if o.cov_low >= o.cov_high:
+        parser.error(f"argument --cov-low: takes a number below --cov-high {o.cov_high:g}, got {o.cov_low:g}")
+    if (Path(o.out) / "metrics.jsonl").exists():
+        if not (o.resume or o.overwrite):
+            parser.error(f"argument --out: {o.out} already holds a run; take --resume, --overwrite or another directory")
+    elif Path(o.out).is_file() or Path(o.out).is_dir() and any(Path(o.out).iterdir()):  # what is no run is never deleted
+        parser.error(f"argument --out: {o.out} exists and holds no run; take another directory")
     if o.resume and not (Path(o.out) / "checkpoint").is_dir():
         parser.error(f"argument --resume: {o.out} holds no checkpoint")
     return o
@@ -274,11 +288,18 @@ def evaluate(policy, problems, samples, temperature, o):
 
 def load(o):
     """Policy and problems. All that can be wrong with them is found here, before the run directory is touched."""
-    train, held_out = data.load_problems(o.data), data.load_problems(o.eval_data, limit=o.eval_limit, benchmark=True)
+    fields = lambda name: {} if name in data.KNOWN else {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
+    train = data.load_problems(o.data, **fields(o.data))
+    held_out = data.load_problems(o.eval_data, **fields(o.eval_data), limit=o.eval_limit, benchmark=True)
     train, overlap = data.drop_overlap(train, held_out)
     source = str(Path(o.out) / "checkpoint") if o.resume else o.model
+    if not Path(source).is_dir():
+        data.hub_reachable()  # without a network, only the hub's cache is asked, and at once
     model, tokenizer, eos_ids = rollout.load_policy(source, o.device)
-    encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], o.max_prompt_tokens)
+    window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if o.max_new_tokens >= window:
+        raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {window} positions of the model")
+    encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, window - o.max_new_tokens))
     problems = [(ids, answer) for ids, (_, answer) in zip(encoded, train) if ids]
     if not problems:
         raise data.DataError(f"--data {o.data}: no prompt is left to train on")
@@ -317,6 +338,7 @@ def train(o):
     if leader and not o.resume:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+        (out / "metrics.jsonl").touch()  # by this a directory is known to be a run's
         (out / "config.json").write_text(json.dumps(describe(o), indent=1))
     done = restore(policy, o) if o.resume else 0
     log = (lambda name: open(out / name, "a")) if leader else (lambda name: open(os.devnull, "w"))
@@ -341,7 +363,7 @@ def train(o):
                                  cov=f"{metrics['covariance']:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
             if leader and (number % o.save_every == 0 or number == o.steps):
                 save(policy, number, o)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if leader else [first, metrics]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if leader else [None]
     conclude(policy, held_out, lines[0], lines[-1], started, o)
 
 

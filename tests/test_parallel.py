@@ -1,0 +1,318 @@
+"""What parallel.py promises: gradients, selection and metrics that no micro-batch and no number of processes changes.
+
+Two real processes (gloo) are started once, by torchrun, on this file as a program: see `work_of_two`.
+"""
+
+import argparse
+import copy
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, _narrow
+from safetensors.torch import load_file
+
+import data
+import entropy
+import losses
+import parallel
+import plot
+import train
+from parallel import micro_batches, share
+
+METHODS = list(losses.METHODS)
+LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1)]  # of prompt and completion
+QUIET = 3  # a row whose group had no signal
+
+
+def options(method, **changes):
+    """Options of train.py under which every method acts on some tokens of `batch_of`."""
+    o = train.options(["--method", method, "--out", "nowhere/at/all"])
+    chosen = dict(temperature=0.8, device="cpu", grad_clip=1e9, clip_cov_ratio=0.1, cov_low=0.05, kl_cov_ratio=0.2, clip_low=0.2, clip_high=0.2)
+    return argparse.Namespace(**vars(o) | chosen | changes)
+
+
+def batch_of(model, o):
+    """A mini-batch of rows of all lengths, whose old log-probs lie around the present ones."""
+    rng, g = random.Random(0), torch.Generator().manual_seed(0)
+    ids = lambda n: [rng.randrange(24) for _ in range(n)]  # 0, the id of padding and of end-of-sequence, among them
+    prompts, completions = [ids(p) for p, _ in LENGTHS], [ids(c) for _, c in LENGTHS]
+    mask = torch.arange(9) < torch.tensor([c for _, c in LENGTHS])[:, None]
+    with torch.no_grad():
+        now, _ = plain_scores(model, prompts, completions, o.temperature)
+    advantages = torch.randn(len(LENGTHS), 1, generator=g).index_fill(0, torch.tensor([QUIET]), 0.0) * mask
+    old_logp = (now + 0.3 * torch.randn(now.shape, generator=g)).float() * mask
+    old_logp[QUIET] = now[QUIET].float()  # not moved yet, so that no method has anything to do there
+    return {"prompts": prompts, "completions": completions, "old_logp": old_logp, "advantages": advantages, "mask": mask}
+
+
+def plain_scores(model, prompts, completions, temperature):
+    """Log-prob and entropy, one row at a time, from whole softmaxes in the model's own precision."""
+    logp, H = [], []
+    for p, c in zip(prompts, completions):
+        every = torch.log_softmax(model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] / temperature, -1)
+        logp.append(every.gather(1, torch.tensor(c)[:, None])[:, 0])
+        H.append(-(every.exp() * every).sum(-1))
+    return (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (logp, H))
+
+
+def plain_gradient(model, batch, o):
+    """Autograd through the whole loss in one piece, and what the method selected."""
+    logp, H = plain_scores(model, batch["prompts"], batch["completions"], o.temperature)
+    t = losses.Tokens(logp, batch["old_logp"], batch["advantages"], batch["mask"], H, torch.Generator().manual_seed(1))
+    loss = losses.METHODS[o.method](t, o)[batch["mask"]].sum() / sum(c for _, c in LENGTHS)
+    return torch.autograd.grad(loss, list(model.parameters())), t, loss
+
+
+def update(model, batch, o, lr=0.1):
+    """train.update with plain gradient descent on a copy of the model: its gradients, Tokens, log and parameters afterwards."""
+    model = copy.deepcopy(model)
+    policy = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=lr))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)  # left from the update before
+    t, log = train.update(policy, batch, torch.Generator().manual_seed(1), False, o)
+    return [p.grad for p in model.parameters()], t, log, [p.detach() for p in model.parameters()]
+
+
+def distance(these, those):
+    """Of two lists of tensors, relative to the length of the second."""
+    norm = lambda tensors: sum(x.double().square().sum() for x in tensors).sqrt().item()
+    return norm([a - b for a, b in zip(these, those)]) / norm(those)
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 64, 10**6])
+def test_micro_batches_keep_every_row_once_and_within_the_budget_unless_a_row_alone_exceeds_it(tokens):
+    rng = random.Random(tokens)
+    for count in (0, 1, 2, 30):
+        rows = [([0] * rng.randint(1, 20), [0] * rng.randint(0, 20)) for _ in range(count)]
+        length = [len(p) + len(c) for p, c in rows]
+        groups = micro_batches([p for p, _ in rows], [c for _, c in rows], tokens)
+        assert sorted(i for group in groups for i in group) == list(range(count))
+        for group in groups:
+            assert group and (len(group) == 1 or len(group) * max(length[i] for i in group) <= tokens)
+
+
+def test_rows_of_like_length_share_a_micro_batch_so_that_little_is_padding():
+    prompts, completions = [[0] * 3] * 4, [[0] * 7, [0], [0] * 7, [0]]
+    assert sorted(map(sorted, micro_batches(prompts, completions, 20))) == [[0, 2], [1, 3]]
+    assert len(micro_batches(prompts, completions, 40)) == 1  # a budget is used up before another one is opened
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [1, 20, 45])
+def test_gradients_and_selection_are_the_same_for_any_size_of_micro_batch(model, method, tokens):
+    o = options(method, micro_batch=10**6)
+    batch = batch_of(model, o)
+    gradients, t, log, _ = update(model, batch, o)
+    split_gradients, split_t, split_log, _ = update(model, batch, argparse.Namespace(**vars(o) | {"micro_batch": tokens}))
+    assert len(micro_batches(batch["prompts"], batch["completions"], tokens)) > 2
+    assert distance(split_gradients, gradients) < 1e-12
+    assert split_log == pytest.approx(log, rel=1e-12)
+    for name in ("selected", "clipped"):
+        if getattr(t, name) is not None:
+            assert getattr(t, name).any() and torch.equal(getattr(t, name), getattr(split_t, name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [1, 45, 10**6])
+def test_gradients_are_those_of_plain_autograd_through_the_loss_of_the_whole_mini_batch(model, method, tokens):
+    o = options(method, micro_batch=tokens)
+    batch = batch_of(model, o)
+    want, t_want, loss = plain_gradient(model, batch, o)
+    gradients, t, log, after = update(model, batch, o)
+    assert distance(gradients, want) < 1e-6 and log["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert log["tokens"] == sum(c for _, c in LENGTHS)
+    assert t.selected is None or torch.equal(t.selected, t_want.selected)
+    descent = [p.detach() - 0.1 * g for p, g in zip(model.parameters(), want)]
+    assert distance([a - p for a, p in zip(after, model.parameters())], [b - p for b, p in zip(descent, model.parameters())]) < 1e-6
+
+
+def test_scores_are_exact_and_stand_with_their_own_rows_whatever_the_micro_batch(model):
+    o = options("grpo")
+    batch = batch_of(model, o)
+    want = [x.detach().float() for x in plain_scores(model, batch["prompts"], batch["completions"], 0.8)]
+    for tokens in (1, 20, 45, 10**6):
+        o.micro_batch = tokens
+        got = parallel.score(model, batch["prompts"], batch["completions"], 0.8, o)
+        for mine, theirs in zip(got, want):
+            assert not mine.requires_grad and mine.dtype == torch.float32
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            assert (mine[~batch["mask"]] == 0).all()
+
+
+def test_no_more_than_the_budget_goes_through_the_model_at_a_time_forward_or_backward(model, monkeypatch):
+    o = options("grpo", micro_batch=34)
+    batch, sizes = batch_of(model, o), []
+    hook = lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel())
+    model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    update(model, batch, o)
+    assert len(sizes) > 6 and max(sizes) <= 34
+
+
+# ---------------------------------------------------------------- rows without gradient
+
+
+def seen_with_gradient(monkeypatch):
+    """The prompts of every call that builds a graph through the model."""
+    seen, score = [], entropy.score
+
+    def spy(model, prompts, completions, temperature):
+        if torch.is_grad_enabled():
+            seen.extend(prompts)
+        return score(model, prompts, completions, temperature)
+
+    monkeypatch.setattr(entropy, "score", spy)
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_without_gradient_is_left_out_and_the_step_is_the_same_as_with_it(model, method, monkeypatch):
+    o = options(method, micro_batch=45)
+    batch = batch_of(model, o)
+    want, _, _ = plain_gradient(model, batch, o)  # of all rows
+    seen = seen_with_gradient(monkeypatch)
+    gradients, *_ = update(model, batch, o)
+    if method in ("grpo", "clip_cov"):  # the others may act on a row whose advantages are 0
+        assert batch["prompts"][QUIET] not in seen and len(seen) < len(LENGTHS)
+    assert distance(gradients, want) < 1e-6
+
+
+def test_a_row_whose_only_gradient_is_that_of_its_entropy_is_not_left_out(model):
+    o = options("grpo")
+    batch = batch_of(model, o)
+    dlogp = torch.zeros(len(LENGTHS), 9)
+    dentropy = dlogp.clone()
+    dentropy[5, 3] = 1.0
+    parallel.backward(model, batch["prompts"], batch["completions"], dlogp, dentropy, o)
+    _, H = plain_scores(model, batch["prompts"], batch["completions"], o.temperature)
+    want = torch.autograd.grad(H[5, 3], list(model.parameters()))
+    assert distance([p.grad for p in model.parameters()], want) < 1e-6
+
+
+def test_without_any_gradient_nothing_goes_through_the_model_and_gradients_are_zero(model, monkeypatch):
+    o = options("grpo")
+    batch, seen = batch_of(model, o), seen_with_gradient(monkeypatch)
+    zero = torch.zeros(len(LENGTHS), 9)
+    parallel.backward(model, batch["prompts"], batch["completions"], zero, zero, o)
+    assert not seen and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- one process and two
+
+COUNTS = (0, 1, 2, 3, 7)
+
+
+def shared_work(n):
+    """What `share` makes of n items, and how many of them this process did."""
+    done = []
+
+    def mine(names, numbers):
+        done.extend(names)
+        return [(name, 10 * number) for name, number in zip(names, numbers)]
+
+    return share(mine, [f"item {i}" for i in range(n)], list(range(n))), done
+
+
+def test_alone_a_process_does_everything_in_order():
+    assert parallel.world() == (0, 1)
+    for n in COUNTS:
+        whole, done = shared_work(n)
+        assert whole == [(f"item {i}", 10 * i) for i in range(n)] and len(done) == n
+
+
+RUNS = {method: ["--method", method] for method in METHODS} | {  # a run of few items leaves processes without any
+    "few": ["--method", "kl_cov", "--prompts", "1", "--mini-batch", "1", "--samples", "2", "--eval-limit", "1"]
+}
+SHORT = ("--steps 2 --seed 3 --prompts 8 --mini-batch 4 --samples 4 --eval-limit 9 --final-samples 2 --eval-every 1 --device cpu"
+         " --kl-cov-ratio 0.1 --clip-cov-ratio 0.1 --cov-low 0.1 --passes 2 --lr 1e-4").split()  # fmt: skip
+
+
+def work(folder):
+    """All that is compared between one process and two: shares, scores, gradients, selections and whole runs."""
+    runs = [train.options([*SHORT, *argv, "--out", f"{folder}/{name}"]) for name, argv in RUNS.items()]  # before any run exists
+    model = _narrow(dtype=torch.float64)
+    result = {"share": {n: shared_work(n) for n in COUNTS}}
+    for method in METHODS:
+        o = options(method, micro_batch=45)
+        gradients, t, log, after = update(model, batch_of(model, o), o)
+        result[method] = {"gradients": gradients, "selected": t.selected, "log": log, "after": after, "logp": t.logp.detach()}
+    with pytest.MonkeyPatch.context() as patch:  # what takes longer than a run: to make 20,000 problems, and to draw
+        patch.setitem(data.EMBEDDED, "arithmetic", ("train", 64))
+        patch.setattr(plot, "curves", lambda *_: None)
+        for o in runs:
+            train.train(o)
+    return result
+
+
+@pytest.fixture(scope="module")
+def work_of_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, work(folder)
+
+
+@pytest.fixture(scope="module")
+def work_of_two(tmp_path_factory):
+    """The results of both processes, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, folder]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)], done.stdout
+
+
+def test_two_processes_divide_the_work_and_both_get_the_whole_in_order(work_of_one, work_of_two):
+    for n in COUNTS:
+        (whole, _), *parts = work_of_one[1]["share"][n], *(result["share"][n] for result in work_of_two[1])
+        assert all(part == whole for part, _ in parts)
+        assert sorted(name for _, done in parts for name in done) == sorted(f"item {i}" for i in range(n))
+        assert max(len(done) for _, done in parts) <= n / 2 + 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_select_the_same_tokens_and_take_the_same_step_as_one(work_of_one, work_of_two, method):
+    one, two = work_of_one[1][method], [result[method] for result in work_of_two[1]]
+    for mine in two:
+        assert distance(mine["gradients"], one["gradients"]) < 1e-12
+        assert torch.equal(mine["logp"], one["logp"])
+        assert mine["log"] == pytest.approx(one["log"], rel=1e-12)
+        assert one["selected"] is None or one["selected"].any() and torch.equal(mine["selected"], one["selected"])
+    assert all(torch.equal(a, b) for a, b in zip(two[0]["after"], two[1]["after"]))  # or the copies would drift apart
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_of_two_processes_has_the_metrics_and_the_policy_of_a_run_of_one(work_of_one, work_of_two, run):
+    one, two = (folder / run for folder in (work_of_one[0], work_of_two[0]))
+    assert [line["step"] for line in lines(two)] == [1, 2]  # one line for each step, not one for each process
+    for a, b in zip(lines(one), lines(two)):
+        a.pop("seconds"), b.pop("seconds")
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
+    if run != "few":
+        assert max(line["grad_norm"] for line in lines(one)) > 0.01 and max(line["ratio_max"] for line in lines(one)) > 1.001
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, two)]
+    for name in (name for name in weights[0] if "k_proj.bias" not in name):  # no gradient but rounding's, which Adam blows up
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-4, atol=1e-4)
+    assert [json.loads((folder / "config.json").read_text())["processes"] for folder in (one, two)] == [1, 2]
+    assert (one / "samples.jsonl").read_text().count("\n") == (two / "samples.jsonl").read_text().count("\n")
+    assert (one / "final.json").read_text() == (two / "final.json").read_text()
+
+
+def test_only_one_of_two_processes_speaks(work_of_two):
+    for method in METHODS:
+        assert work_of_two[2].count(f"{method}, 2 steps in") == 1 + (method == "kl_cov")  # and the run of few items
+
+
+if __name__ == "__main__":  # under torchrun
+    torch.distributed.init_process_group("gloo")
+    result = work(sys.argv[1])
+    torch.save(result, f"{sys.argv[1]}/{parallel.world()[0]}.pt")
+    torch.distributed.destroy_process_group()
