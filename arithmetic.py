@@ -13,10 +13,12 @@ then rewrites the expression with that pair joined; the last one is a box:
     *:6+1*3-3=  ->  b6+3-3=a9-3=\\boxed{6}<|endoftext|>
 
 Naming the pair is a *fork*: several tokens are plausible there, and the choice decides the result;
-carrying it out is mere skill. The pocket calculator's habit, `a` in every line, is right on half of the
-problems (the easy ones) and wrong on the other half (the hard ones), whatever the convention. So a policy
-that clings to the habit saturates near 50%, and one that keeps exploring long enough finds, for each
-convention separately, the strategy that solves everything.
+carrying it out is mere skill. The pocket calculator's habit is to name `a` in every line. In every problem
+that is the wrong pair to begin with, yet on half of the problems (the easy ones) its result happens to be
+right, and nothing that can be seen at the fork tells them from the hard ones. So a policy that clings to
+the habit saturates at 50%, and one that follows the conventions can solve everything. But a base policy
+(warmstart.py) follows them rarely and clumsily: at first the habit pays more. Whoever gives up the rare
+strategy because it does not pay yet never finds out that it would have, with practice.
 
 Every problem belongs to exactly one split, by a hash of its prompt: what the warm start has seen can
 never occur in training, and what training has seen can never occur in the evaluation.
@@ -51,16 +53,12 @@ def correct(operators, convention):
     return operators.index(convention) if convention in operators else 0
 
 
-def anything(operators, convention=None, rng=random):
-    """A random pair."""
-    return rng.randrange(len(operators))
-
-
-def chain_of_thought(prompt, strategy, slip=0.0, rng=random):
-    """Work out a prompt by a strategy; with probability `slip` a step's result is a random wrong digit.
-
-    Returns the completion as text, without the end-of-sequence token:
+def chain_of_thought(prompt, strategy, slip=0.0, clumsy=0.0, rng=random):
+    """Work out a prompt by a strategy. Returns the completion as text, without the end-of-sequence token:
     `chain_of_thought("*:6+1*3-3=", correct) == "b6+3-3=a9-3=\\\\boxed{6}"`.
+
+    slip: probability that a step's result is a random wrong digit. clumsy: probability that it is one too
+    high, which is the mistake of someone who has not practised.
     """
     convention, expression = prompt.rstrip("=").split(":")
     digits, operators = list(expression[0::2]), list(expression[1::2])
@@ -68,6 +66,8 @@ def chain_of_thought(prompt, strategy, slip=0.0, rng=random):
     while operators:
         i = strategy(operators, convention)
         result = join(digits[i], operators[i], digits[i + 1])
+        if clumsy and rng.random() < clumsy:
+            result = join(result, "+", "1")
         if slip and rng.random() < slip:
             result = rng.choice([d for d in "0123456789" if d != result])
         digits[i : i + 2] = [result]
@@ -89,18 +89,19 @@ def split_of(prompt):
 
 
 def draw(split, rng, convention, hard):
-    """A random prompt of a split; `hard` says whether the leftmost habit fails on it."""
+    """A random prompt of a split on which the habit begins with the wrong pair; `hard`: and ends with a wrong result."""
     while True:
         expression = "".join(rng.choice("123456789") + rng.choice(OPERATORS) for _ in range(4))[:-1]
         prompt = f"{convention}:{expression}="
-        if split_of(prompt) == split and (answer_of(prompt) != answer_of(prompt, leftmost)) == hard:
+        fork = correct(expression[1::2], convention) != leftmost(expression[1::2])
+        if fork and split_of(prompt) == split and (answer_of(prompt) != answer_of(prompt, leftmost)) == hard:
             return prompt
 
 
 def problems(split, count):
     """The first `count` problems of a split as (prompt, answer), always the same ones.
 
-    Conventions take turns, and easy problems (the habit is right) alternate with hard ones (it is not).
+    Conventions take turns, and four easy problems (the habit's result is right) alternate with four hard ones.
     """
     rng = random.Random(f"arithmetic/{split}")
     prompts = [draw(split, rng, CONVENTIONS[i % 4], hard=bool(i // 4 % 2)) for i in range(count)]

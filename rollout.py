@@ -35,11 +35,11 @@ class PolicyError(ValueError):
 def load_policy(name, device="cpu", dtype=torch.float32):
     """Model (in eval mode: no dropout), tokenizer and the set of end-of-sequence ids of a folder or hub id.
 
-    Raises PolicyError if there is no such checkpoint, no chat template or no end-of-sequence id.
+    Raises PolicyError if there is no such checkpoint, no chat template, no end-of-sequence id, or a sliding window.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise PolicyError(f"--model {name}: not a checkpoint folder or hub id that loads: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template is None:
@@ -48,6 +48,9 @@ def load_policy(name, device="cpu", dtype=torch.float32):
     eos = tokenizer.eos_token_id if eos is None else eos
     if eos is None:
         raise PolicyError(f"--model {name}: no eos_token_id in generation_config.json nor in the tokenizer")
+    layers = getattr(model.config, "layer_types", None)  # None: one kind of layer, windowed if sliding_window is set
+    if "sliding_attention" in layers if layers else getattr(model.config, "sliding_window", None):
+        raise PolicyError(f"--model {name}: it attends through a sliding window, which the sampler's cache does not do; take another model")
     return model.to(device).eval(), tokenizer, set(eos if isinstance(eos, list) else [eos])
 
 

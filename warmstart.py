@@ -4,26 +4,28 @@
 
 A base model is skilled, has habits, and slips. So is this one, in this order:
 
-1. *Skills*: chains of thought by all strategies in equal parts, without a slip. After this phase
-   the policy can carry out the correct strategy of every convention whenever it begins to.
-2. *Habits*: nearly all chains fold from the left; a few join pairs at random; the correct strategy
-   is rare, with a share for each convention (`--shares`). A step's result is wrong with probability
-   `--slip`. After this phase the policy prefers the habit, as often as the data did.
+1. *Skills*: chains of thought by both strategies in equal parts, without a mistake.
+2. *Habits*: nearly all chains fold from the left; the strategy that the convention asks for is rare
+   (`--share`) and clumsy: a step's result is one too high more often than not (`--clumsy`). Besides, any
+   result is a wrong digit with probability `--slip`. The mixture goes over from phase 1's to this one
+   gradually, in the first half of the phase, so that no skill is lost.
 
-Skill must come first: a base that begins the correct strategy but cannot carry it through earns no
-reward with it, and no method of reinforcement learning can find what is never rewarded.
+Skill must come first: a base that begins the right strategy but can never carry it through earns no
+reward with it, and no method of reinforcement learning can find what is never rewarded. Shares and
+clumsiness are the knobs of the embedded task: how much it takes to find out that the rare strategy pays.
 The result is an ordinary Hugging Face checkpoint folder: Qwen2 architecture, safetensors, tokenizer, chat template.
 """
 
 import argparse
 import math
 import random
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from arithmetic import CONVENTIONS, chain_of_thought, correct, leftmost, problems
+from arithmetic import chain_of_thought, correct, leftmost, problems
 
 VOCABULARY = ["<|pad|>", "<|endoftext|>", *"0123456789", *"+-*<:=}abc"]
 
@@ -40,7 +42,7 @@ def make_tokenizer():
 
 
 def make_model(hidden, layers, seed):
-    """A narrow Qwen2 with random weights."""
+    """A narrow Qwen2 with random weights, four heads and two of keys and values."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(VOCABULARY) + 1, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
@@ -52,17 +54,18 @@ def make_model(hidden, layers, seed):
     return model
 
 
-def example(rng, prompts, shares, slip):
-    """One (prompt, completion)."""
+def example(rng, prompts, share, slip, clumsy):
+    """One (prompt, completion) of the mixture of strategies."""
     prompt = rng.choice(prompts)
-    strategy = correct if rng.random() < shares[CONVENTIONS.index(prompt[0])] else leftmost
-    return prompt, chain_of_thought(prompt, strategy, slip, rng)
+    if rng.random() < share:
+        return prompt, chain_of_thought(prompt, correct, slip, clumsy, rng)
+    return prompt, chain_of_thought(prompt, leftmost, slip, 0.0, rng)
 
 
-def batch(rng, tokenizer, prompts, size, shares, slip):
+def batch(rng, tokenizer, prompts, size, share, slip, clumsy):
     """Token ids (B, T) and labels (B, T), -100 on prompt and padding; the end of sequence is learnt."""
     rows = []
-    for prompt, completion in (example(rng, prompts, shares, slip) for _ in range(size)):
+    for prompt, completion in (example(rng, prompts, share, slip, clumsy) for _ in range(size)):
         prompt, completion = (tokenizer(text)["input_ids"] for text in (prompt, completion))
         rows.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
     width = max(len(ids) for ids, _ in rows)
@@ -77,28 +80,33 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size (default 64)")
     parser.add_argument("--layers", type=int, default=2, help="layers (default 2)")
-    parser.add_argument("--skill-steps", type=int, default=1500, help="steps of phase 1 (default 1500)")
-    parser.add_argument("--habit-steps", type=int, default=1000, help="steps of phase 2 (default 500)")
+    parser.add_argument("--skill-steps", type=int, default=2400, help="steps of phase 1 (default 2400)")
+    parser.add_argument("--habit-steps", type=int, default=600, help="steps of phase 2 (default 600)")
+    parser.add_argument("--skills", help="keep phase 1's policy in this folder, or start from it if it is there (default: neither)")
     parser.add_argument("--batch", type=int, default=128, help="chains of thought a step (default 128)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, cosine to 0 (default 3e-3)")
-    parser.add_argument("--slip", type=float, default=0.05, help="probability that a step's result is wrong (default 0.05)")
-    parser.add_argument("--shares", type=float, nargs=4, default=[0.03, 0.015, 0.0075, 0.004], metavar="S",
-                        help="share of the correct strategy for the conventions * + - < in phase 2")  # fmt: skip
+    parser.add_argument("--share", type=float, default=0.03, help="share of the right strategy in phase 2 (default 0.03)")
+    parser.add_argument("--clumsy", type=float, default=0.55, help="how often a step of it is one too high (default 0.55)")
+    parser.add_argument("--slip", type=float, default=0.1, help="probability that any step's result is a wrong digit (default 0.1)")
     o = parser.parse_args()
 
-    rng = random.Random(f"warmstart/{o.seed}")
     prompts = [prompt for prompt, _ in problems("warmstart", 40_000)]
     tokenizer, model = make_tokenizer(), make_model(o.hidden, o.layers, o.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    phases = {"skills": (o.skill_steps, o.lr), "habits": (o.habit_steps, o.lr / 3)}
+    if o.skills and Path(o.skills).is_dir():
+        model = Qwen2ForCausalLM.from_pretrained(o.skills)
+        del phases["skills"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    for phase, steps, peak in (("skills", o.skill_steps, o.lr), ("habits", o.habit_steps, o.lr / 3)):
+    for phase, (steps, peak) in phases.items():
+        rng = random.Random(f"warmstart/{o.seed}/{phase}")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         progress = tqdm(range(steps), desc=phase)
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = peak * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
             fade = min(1.0, 2 * step / steps) if phase == "habits" else 0.0
-            shares = [0.5 ** (1 - fade) * share**fade for share in o.shares]  # from one half to its share, geometrically
-            ids, labels = batch(rng, tokenizer, prompts, o.batch, shares, fade * o.slip)
+            share = 0.5 ** (1 - fade) * o.share**fade  # from one half to its share, geometrically
+            ids, labels = batch(rng, tokenizer, prompts, o.batch, share, fade * o.slip, fade * o.clumsy)
             logits = model(ids).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss.backward()
@@ -107,7 +115,8 @@ def main():
             optimizer.zero_grad()
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.3f}")
-        model.save_pretrained(o.out + "-" + phase); tokenizer.save_pretrained(o.out + "-" + phase)
+        if phase == "skills" and o.skills:
+            model.save_pretrained(o.skills)
     model.save_pretrained(o.out)
     tokenizer.save_pretrained(o.out)
     print(f"wrote {o.out}")

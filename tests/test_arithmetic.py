@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 import arithmetic
-from arithmetic import CONVENTIONS, OPERATORS, SPLITS, answer_of, anything, chain_of_thought, correct, draw, leftmost, problems, split_of
+from arithmetic import CONVENTIONS, OPERATORS, SPLITS, answer_of, chain_of_thought, correct, draw, leftmost, problems, split_of
 from reward import extract_answer
 
 # An evaluator of its own: Python's parser does the precedence, and no step is taken modulo 10 but the last.
@@ -121,7 +121,7 @@ def test_a_chain_names_and_joins_the_pair_that_its_convention_asks_for(conventio
     assert chain_of_thought(convention + ":6+1*3-3=", correct) == chain
 
 
-@pytest.mark.parametrize("strategy", [correct, leftmost, anything])
+@pytest.mark.parametrize("strategy", [correct, leftmost])
 def test_a_chain_ends_in_its_boxed_answer(sets, strategy):
     for prompt in sets["heldout"]:
         chain = chain_of_thought(prompt, strategy)
@@ -134,7 +134,7 @@ def test_a_chain_ends_in_its_boxed_answer(sets, strategy):
 def test_every_line_names_the_pair_that_it_joins_of_the_line_before(sets):
     for prompt in sets["heldout"]:
         line = prompt[2:-1]
-        for after in re.fullmatch(r"(.*)=(.*)=\\boxed\{(.)\}", chain_of_thought(prompt, anything)).groups():
+        for after in re.fullmatch(r"(.*)=(.*)=\\boxed\{(.)\}", chain_of_thought(prompt, correct)).groups():
             i = 2 * "abc".index(after[0]) if len(after) > 1 else 0  # the box joins the one pair that is left
             line = line[:i] + str(COMPUTE[line[i + 1]](int(line[i]), int(line[i + 2])) % 10) + line[i + 3 :]
             assert after[-len(line) :] == line
@@ -165,3 +165,15 @@ def test_a_slip_in_the_last_step_is_a_wrong_answer():
 def test_the_demonstration_counts_the_problems_that_defeat_the_habit(capsys):
     runpy.run_path(arithmetic.__file__, run_name="__main__")
     assert "fails on 256 of 512 held-out problems" in capsys.readouterr().out
+
+
+def test_clumsiness_makes_a_result_one_too_high_as_often_as_asked(sets):
+    rng = random.Random(0)
+    pairs = [(chain_of_thought(p, leftmost, clumsy=0.4, rng=rng)[1], chain_of_thought(p, leftmost)[1]) for p in sets["train"]]
+    assert {(int(clumsy) - int(right)) % 10 for clumsy, right in pairs} == {0, 1}
+    assert 0.37 < sum(clumsy != right for clumsy, right in pairs) / len(pairs) < 0.43
+
+
+def test_in_every_problem_the_habit_begins_with_the_wrong_pair(sets):
+    for prompt in sets["train"] + sets["heldout"]:
+        assert chain_of_thought(prompt, leftmost)[0] == "a" != chain_of_thought(prompt, correct)[0]

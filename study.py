@@ -1,0 +1,142 @@
+"""Studies: the same training many times, with other seeds and other methods, and a table in which every run is shown.
+
+    python study.py phenomenon             all runs of a study, then results/phenomenon.md, .json and .png
+    python study.py phenomenon --seeds 1 2 fewer seeds         --table        only the table, from the runs that are there
+
+A run is a process of its own with one thread, as many at a time as there are cores. A study may be
+interrupted at any time; the same command goes on with the runs that are missing.
+
+The window: of each seed, the 20 steps after the entropy of *its* GRPO run has first fallen to a tenth of
+where it started. There the entropies of a method and of GRPO are compared, as means over the window.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+
+import plot
+
+HERE = Path(__file__).parent
+WINDOW = 20
+
+# name of a study: its seeds, and the options of train.py for each of its rows. None of these seeds served for tuning.
+STUDIES = {
+    "phenomenon": {
+        "seeds": range(1, 11),
+        "rows": {
+            "grpo": "--method grpo",
+            "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
+            "clip_cov": "--method clip_cov",
+            "kl_cov": "--method kl_cov",
+        },
+    },
+}
+
+
+def directory(study, row, seed):
+    return HERE / "runs" / study / f"{row.replace(', ', '_').replace(' ', '')}-s{seed}"
+
+
+def run(study, row, seed):
+    """One run as a process with one thread, or what is missing of it. Returns its directory."""
+    out = directory(study, row, seed)
+    if not (out / "final.json").exists():
+        resume = ["--resume"] if (out / "checkpoint").is_dir() else ["--overwrite"]
+        command = [sys.executable, HERE / "train.py", *STUDIES[study]["rows"][row].split(), "--seed", str(seed), "--out", out, *resume]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        print((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1], flush=True)
+    return out
+
+
+def collapse(entropy):
+    """Index of the first step at which the entropy is at most a tenth of the first one, or None."""
+    return next((i for i, H in enumerate(entropy) if H <= entropy[0] / 10), None)
+
+
+def measure(study, row, seed, baseline="grpo"):
+    """The figures of one run, as they stand in the table."""
+    config, steps = plot.read_run(directory(study, row, seed))
+    reference = [s["entropy"] for s in plot.read_run(directory(study, baseline, seed))[1]]
+    entropy = [s["entropy"] for s in steps]
+    final = json.loads((directory(study, row, seed) / "final.json").read_text())
+    start = collapse(reference)
+    mean = lambda H: fmean(H[start : start + WINDOW])
+    return {
+        "seed": seed,
+        "entropy_start": entropy[0],
+        "collapse_step": None if collapse(entropy) is None else collapse(entropy) + 1,
+        "entropy_window": None if start is None else mean(entropy),
+        "entropy_ratio": None if start is None else mean(entropy) / mean(reference),
+        "entropy_end": fmean(entropy[-10:]),
+        "entropy_min": min(entropy),
+        "accuracy": final["accuracy"],
+        "accuracy_sampled": final["accuracy_sampled"],
+        "pass": final["pass_at"][max(final["pass_at"], key=int)],
+        "seconds": sum(s["seconds"]["total"] for s in steps),
+        "curve": {k: [None if s.get(k) is None else float(f"{s[k]:.4g}") for s in steps]
+                  for k in ("entropy", "reward", "covariance", "accuracy", "accuracy_sampled")},
+    }  # fmt: skip
+
+
+COLUMNS = {
+    "entropy, first step": ("entropy_start", "{:.3f}"),
+    "falls to a tenth at step": ("collapse_step", "{:.0f}"),
+    "in the window": ("entropy_window", "{:.3f}"),
+    "against grpo's": ("entropy_ratio", "{:.1f}"),
+    "last 10 steps": ("entropy_end", "{:.3f}"),
+    "accuracy, greedy": ("accuracy", "{:.1%}"),
+    "sampled": ("accuracy_sampled", "{:.1%}"),
+    "pass@32": ("pass", "{:.1%}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+def table(results):
+    """Markdown: a line for every run, then means and standard deviations over the seeds."""
+    cell = lambda form, x: "-" if x is None else form.format(x)
+    head = ["run", "seed", *COLUMNS]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, runs in results.items():
+        for r in runs:
+            lines.append("| " + " | ".join([row, str(r["seed"]), *(cell(f, r[k]) for k, f in COLUMNS.values())]) + " |")
+    summary = ["| " + " | ".join(["mean +- standard deviation", "seeds", *COLUMNS]) + " |", "|" + "---|" * len(head)]
+    for row, runs in results.items():
+        cells = []
+        for key, form in COLUMNS.values():
+            values = [r[key] for r in runs if r[key] is not None]
+            spread = f" +- {form.format(stdev(values))}" if len(values) > 1 else ""
+            cells.append(form.format(fmean(values)) + spread if values else "-")
+        summary.append("| " + " | ".join([row, str(len(runs)), *cells]) + " |")
+    return "\n".join(summary + [""] + lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the study's own")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one for each core)")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the table of the runs that are there")
+    o = parser.parse_args()
+    rows, seeds = STUDIES[o.study]["rows"], o.seeds or list(STUDIES[o.study]["seeds"])
+    todo = [(o.study, row, seed) for seed in seeds for row in rows]
+    if not o.table:
+        with ThreadPoolExecutor(o.jobs) as pool:
+            list(pool.map(lambda job: run(*job), todo))
+    done = [job for job in todo if (directory(*job) / "final.json").exists()]
+    results = {row: [measure(*job) for job in done if job[1] == row] for row in rows}
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    (out / f"{o.study}.json").write_text(json.dumps(results) + "\n")
+    (out / f"{o.study}.md").write_text(f"Made by `python study.py {o.study}`\n\n" + table(results))
+    plot.curves([directory(*job) for job in done], out / f"{o.study}.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
