@@ -78,7 +78,7 @@ def options(argv=None):
     add("--eval-data", str, "arithmetic_heldout", "held-out problems, likewise (default: those of the embedded task)")
     add("--prompt-field", str, None, "column of the problem in files with unknown columns (default: found by its name)")
     add("--answer-field", str, None, "column of the gold answer, likewise (default: found by its name)")
-    add("--steps", positive(int), 160, "rollout batches (default 160)")
+    add("--steps", positive(int), 200, "rollout batches (default 200)")
     add("--seed", int, 0, "seed of data order, sampling and selection (default 0)")
     add("--out", str, None, "run directory (default runs/METHOD-sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
@@ -88,7 +88,7 @@ def options(argv=None):
     add("--prompts", positive(int), 64, "problems a step (default 64; published 256)")
     add("--samples", positive(int), 8, "completions of each, its group (default 8, as published)")
     add("--mini-batch", positive(int), 8, "problems an update (default 8: 8 updates a rollout batch, as published)")
-    add("--passes", positive(int), 1, "times each rollout batch is gone through (default 1, as published)")
+    add("--passes", positive(int), None, "times each rollout batch is gone through (default 1, as published; 2 for kl_cov: results/phenomenon.md)")
     add("--micro-batch", positive(int), 16384, "tokens in memory at a time, padding included (default 16384); changes no result")
     add("--lr", positive(float), 3e-4, "learning rate of AdamW, constant, no weight decay (default 3e-4, for the embedded policy; published 5e-7 for 7B)")
     add("--grad-clip", positive(float), 1.0, "largest norm of the gradient (default 1, as published)")
@@ -97,10 +97,10 @@ def options(argv=None):
     add("--max-new-tokens", positive(int), 40, "longest completion (default 40, for the embedded task; published 8192)")
     add("--clip-low", positive(float), None, "PPO clip: ratio from 1 - this (default 0.2 for grpo, 1 for clip_cov, as published)")
     add("--clip-high", positive(float), None, "PPO clip: ratio up to 1 + this (defaults as for --clip-low)")
-    add("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient (default 0.01; published 2e-4)")
+    add("--clip-cov-ratio", fraction, 0.004, "clip_cov: fraction of tokens without gradient (default 0.004, for small batches; published 2e-4)")
     add("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)")
     add("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)")
-    add("--kl-cov-ratio", fraction, 0.02, "kl_cov: fraction of tokens with the penalty (default 0.02; published 2e-3)")
+    add("--kl-cov-ratio", fraction, 0.003, "kl_cov: fraction of tokens with the penalty (default 0.003; published 2e-3 for 7B)")
     add("--kl-cov-beta", positive(float), 1.0, "kl_cov: weight of the penalty (default 1, as published)")
     add("--eval-every", positive(int), 5, "steps between evaluations on --eval-data (default 5)")
     add("--eval-limit", positive(int), 512, "problems of --eval-data that are used (default 512)")
@@ -109,11 +109,15 @@ def options(argv=None):
     o = parser.parse_args(argv)
     clip = 1.0 if o.method == "clip_cov" else 0.2
     o.clip_low, o.clip_high = o.clip_low or clip, o.clip_high or clip
+    o.passes = o.passes or (2 if o.method == "kl_cov" else 1)
     o.out = o.out or f"runs/{o.method}-s{o.seed}"
     if o.samples < 2:
         parser.error("argument --samples: takes 2 or more: the advantage compares the samples of a group")
     if o.prompts % o.mini_batch:
         parser.error(f"argument --mini-batch: takes a divisor of --prompts {o.prompts}, got {o.mini_batch}")
+    if o.method == "kl_cov" and o.prompts == o.mini_batch and o.passes == 1:
+        print("train.py: warning: kl_cov with one update for each rollout batch is plain policy gradient: its penalty "
+              "|logp - old_logp| has no gradient before the policy has moved; take a smaller --mini-batch or more --passes", file=sys.stderr)  # fmt: skip
     if o.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no GPU that PyTorch can use; take cpu")
     if o.cov_low >= o.cov_high:
