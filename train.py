@@ -97,7 +97,7 @@ def options(argv=None):
     add("--max-new-tokens", positive(int), 40, "longest completion (default 40, for the embedded task; published 8192)")
     add("--clip-low", positive(float), None, "PPO clip: ratio from 1 - this (default 0.2 for grpo, 1 for clip_cov, as published)")
     add("--clip-high", positive(float), None, "PPO clip: ratio up to 1 + this (defaults as for --clip-low)")
-    add("--clip-cov-ratio", fraction, 0.004, "clip_cov: fraction of tokens without gradient (default 0.004, for small batches; published 2e-4)")
+    add("--clip-cov-ratio", fraction, 0.003, "clip_cov: fraction of tokens without gradient (default 0.003, for small batches; published 2e-4)")
     add("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)")
     add("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)")
     add("--kl-cov-ratio", fraction, 0.003, "kl_cov: fraction of tokens with the penalty (default 0.003; published 2e-3 for 7B)")
