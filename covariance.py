@@ -1,6 +1,6 @@
 """Covariance: what drives the entropy of a policy down, and which tokens carry it.
 
-For a softmax policy whose logits change from z to z' (arXiv 2505.22617, section 3, Lemma 1),
+For a softmax policy whose logits change from z to z' (arXiv 2505.22617, section 3),
 
     H(pi') - H(pi)  ~=  -Cov_{a ~ pi}( log pi(a), z'(a) - z(a) )          to first order.
 

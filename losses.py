@@ -5,8 +5,8 @@ With ratio_i = exp(logp_i - old_logp_i), A_i the advantage of token i and N the 
     L = 1/N sum_i loss_i        N over the whole mini-batch: all micro-batches, all processes
 
     grpo       loss_i = -min( ratio_i A_i, clip(ratio_i, 1 - e_low, 1 + e_high) A_i )         PPO's clip
-    clip_cov   the same, but a few tokens of high covariance contribute no gradient           2505.22617, eq. 12
-    kl_cov     -ratio_i A_i, and + beta |logp_i - old_logp_i| on the tokens of highest covariance        eq. 14
+    clip_cov   the same, but a few tokens of high covariance contribute no gradient           2505.22617, section 4
+    kl_cov     -ratio_i A_i, and + beta |logp_i - old_logp_i| on the tokens of highest covariance      ibid.
 
 A method is a function of the mini-batch's tokens and the options; METHODS names it. It sees log-probs,
 never a model, so the same few lines hold for any number of micro-batches and processes.
@@ -77,7 +77,7 @@ def grpo(t, o):
 
 
 def clip_cov(t, o):
-    """Clip-Cov (arXiv 2505.22617, eq. 11 and 12): a random few tokens of high covariance contribute no gradient."""
+    """Clip-Cov (arXiv 2505.22617, section 4): a random few tokens of high covariance contribute no gradient."""
     loss = ppo_clip(t, o)
     candidates = t.covariance.masked_fill(t.clipped, -torch.inf)  # a clipped token has no gradient left to remove
     t.selected = select_clip_cov(candidates, t.mask, o.clip_cov_ratio, o.cov_low, o.cov_high, t.generator)
@@ -85,7 +85,7 @@ def clip_cov(t, o):
 
 
 def kl_cov(t, o):
-    """KL-Cov (arXiv 2505.22617, eq. 13 and 14): the tokens of highest covariance are held where they were."""
+    """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are held where they were."""
     t.selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio)
     penalty = o.kl_cov_beta * t.log_ratio.abs()
     return -t.ratio * t.advantages + torch.where(t.selected, penalty, 0.0)
