@@ -78,7 +78,7 @@ def options(argv=None):
     add("--eval-data", str, "arithmetic_heldout", "held-out problems, likewise (default: those of the embedded task)")
     add("--prompt-field", str, None, "column of the problem in files with unknown columns (default: found by its name)")
     add("--answer-field", str, None, "column of the gold answer, likewise (default: found by its name)")
-    add("--steps", positive(int), 200, "rollout batches (default 200)")
+    add("--steps", positive(int), 120, "rollout batches (default 120)")
     add("--seed", int, 0, "seed of data order, sampling and selection (default 0)")
     add("--out", str, None, "run directory (default runs/METHOD-sSEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")

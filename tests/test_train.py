@@ -46,7 +46,7 @@ def novice(tmp_path_factory):
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     model.save_pretrained(folder)
     warmstart.make_tokenizer().save_pretrained(folder)
-    (folder / "train.jsonl").write_text("".join(f'{{"problem": "\\\\boxed{{{i}+1=", "answer": "{i + 1}"}}\n' for i in range(20)))
+    (folder / "train.jsonl").write_text("".join(f'{{"problem": "\\\\boxed{{{i}+1=", "answer": "{i + 1}"}}\n' for i in reversed(range(20))))
     (folder / "heldout.jsonl").write_text('{"problem": "\\\\boxed{7-1=", "answer": "6"}\n')
     return folder
 
@@ -368,8 +368,9 @@ def test_a_last_token_of_any_end_of_sequence_id_is_no_truncation(options, paid, 
 
 def test_prompts_longer_than_the_limit_are_dropped_and_counted(options, capsys):
     """A box, the digits of 0 to 19, and three characters: half of the prompts have 5 tokens and half have 6."""
-    _, problems, _ = train.load(options("grpo", "--max-prompt-tokens 5"))
-    assert [answer for _, answer in problems] == [str(i + 1) for i in range(10)] and all(len(ids) == 5 for ids, _ in problems)
+    policy, problems, _ = train.load(options("grpo", "--max-prompt-tokens 5"))
+    kept = [(policy.tokenizer.decode(ids), answer) for ids, answer in problems]
+    assert kept == [(f"\\boxed{{{i}+1=", str(i + 1)) for i in reversed(range(10))]  # each still with its own answer
     assert "10 problems (0 dropped as held-out, 10 as too long)" in capsys.readouterr().out
     assert len(train.load(options("grpo", "--max-prompt-tokens 6"))[1]) == 20
     with pytest.raises(data.DataError, match="longer than 4 tokens"):
