@@ -32,105 +32,8 @@ import plot
 import reward
 import rollout
 from checkpoint import describe, restore, save
-from parallel import backward, pad, score, share, world
-
-# ---------------------------------------------------------------- options
-
-
-def options(argv=None):
-    """The command line; a wrong value ends here with one line and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@",
-        epilog="Options may also stand in a file, one per line: python train.py @recipes/FILE.txt --method kl_cov",
-    )  # fmt: skip
-    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    parser.error = lambda message: sys.exit(print(f"train.py: error: {message}", file=sys.stderr) or 2)
-
-    def positive(kind):
-        def check(text):
-            value = kind(text)
-            if not (value > 0 and math.isfinite(value)):
-                raise argparse.ArgumentTypeError(f"takes a number above 0, got {text}")
-            return value
-
-        check.__name__ = kind.__name__
-        return check
-
-    def number(text):
-        value = float(text)
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"takes a finite number, got {text}")
-        return value
-
-    def fraction(text):
-        value = float(text)
-        if not 0 <= value <= 1:
-            raise argparse.ArgumentTypeError(f"takes a fraction between 0 and 1, got {text}")
-        return value
-
-    def add(name, kind, default, text):
-        parser.add_argument(name, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
-
-    parser.add_argument("--method", choices=losses.METHODS, required=True, help="what is optimised: see losses.py")
-    parser.add_argument("--advantage", choices=losses.ESTIMATORS, default="grpo", help="estimator of the advantage (default grpo)")
-    add("--model", str, rollout.TINY, "checkpoint folder or hub id of the starting policy (default: the embedded tiny/)")
-    add("--data", str, "arithmetic", "training problems: a known name, a local file or a hub id (default: the embedded task)")
-    add("--eval-data", str, "arithmetic_heldout", "held-out problems, likewise (default: those of the embedded task)")
-    add("--prompt-field", str, None, "column of the problem in files with unknown columns (default: found by its name)")
-    add("--answer-field", str, None, "column of the gold answer, likewise (default: found by its name)")
-    add("--steps", positive(int), 120, "rollout batches (default 120)")
-    add("--seed", int, 0, "seed of data order, sampling and selection (default 0)")
-    add("--out", str, None, "run directory (default runs/METHOD-sSEED)")
-    parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: a GPU if there is one")  # fmt: skip
-    add("--prompts", positive(int), 64, "problems a step (default 64; published 256)")
-    add("--samples", positive(int), 8, "completions of each, its group (default 8, as published)")
-    add("--mini-batch", positive(int), 8, "problems an update (default 8: 8 updates a rollout batch, as published)")
-    add("--passes", positive(int), None, "times each rollout batch is gone through (default 1, as published; 2 for kl_cov: results/phenomenon.md)")
-    add("--micro-batch", positive(int), 16384, "tokens in memory at a time, padding included (default 16384); changes no result")
-    add("--lr", positive(float), 3e-4, "learning rate of AdamW, constant, no weight decay (default 3e-4, for the embedded policy; published 5e-7 for 7B)")
-    add("--grad-clip", positive(float), 1.0, "largest norm of the gradient (default 1, as published)")
-    add("--temperature", positive(float), 1.0, "of sampling and of the log-probs alike (default 1, as published)")
-    add("--max-prompt-tokens", positive(int), 2048, "longer prompts are dropped (default 2048, as published)")
-    add("--max-new-tokens", positive(int), 40, "longest completion (default 40, for the embedded task; published 8192)")
-    add("--clip-low", positive(float), None, "PPO clip: ratio from 1 - this (default 0.2 for grpo, 1 for clip_cov, as published)")
-    add("--clip-high", positive(float), None, "PPO clip: ratio up to 1 + this (defaults as for --clip-low)")
-    add("--clip-cov-ratio", fraction, 0.003, "clip_cov: fraction of tokens without gradient (default 0.003, for small batches; published 2e-4)")
-    add("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)")
-    add("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)")
-    add("--kl-cov-ratio", fraction, 0.003, "kl_cov: fraction of tokens with the penalty (default 0.003; published 2e-3 for 7B)")
-    add("--kl-cov-beta", positive(float), 1.0, "kl_cov: weight of the penalty (default 1, as published)")
-    add("--eval-every", positive(int), 5, "steps between evaluations on --eval-data (default 5)")
-    add("--eval-limit", positive(int), 512, "problems of --eval-data that are used (default 512)")
-    add("--final-samples", positive(int), 32, "completions of each for pass@k of the final policy (default 32)")
-    add("--save-every", positive(int), 20, "steps between checkpoints (default 20)")
-    o = parser.parse_args(argv)
-    clip = 1.0 if o.method == "clip_cov" else 0.2
-    o.clip_low, o.clip_high = o.clip_low or clip, o.clip_high or clip
-    o.passes = o.passes or (2 if o.method == "kl_cov" else 1)
-    o.out = o.out or f"runs/{o.method}-s{o.seed}"
-    if o.samples < 2:
-        parser.error("argument --samples: takes 2 or more: the advantage compares the samples of a group")
-    if o.prompts % o.mini_batch:
-        parser.error(f"argument --mini-batch: takes a divisor of --prompts {o.prompts}, got {o.mini_batch}")
-    if o.method == "kl_cov" and o.prompts == o.mini_batch and o.passes == 1:
-        print("train.py: warning: kl_cov with one update for each rollout batch is plain policy gradient: its penalty "
-              "|logp - old_logp| has no gradient before the policy has moved; take a smaller --mini-batch or more --passes", file=sys.stderr)  # fmt: skip
-    if o.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no GPU that PyTorch can use; take cpu")
-    if o.cov_low >= o.cov_high:
-        parser.error(f"argument --cov-low: takes a number below --cov-high {o.cov_high:g}, got {o.cov_low:g}")
-    if (Path(o.out) / "metrics.jsonl").exists():
-        if not (o.resume or o.overwrite):
-            parser.error(f"argument --out: {o.out} already holds a run; take --resume, --overwrite or another directory")
-    elif Path(o.out).is_file() or Path(o.out).is_dir() and any(Path(o.out).iterdir()):  # what is no run is never deleted
-        parser.error(f"argument --out: {o.out} exists and holds no run; take another directory")
-    if o.resume and not (Path(o.out) / "checkpoint").is_dir():
-        parser.error(f"argument --resume: {o.out} holds no checkpoint")
-    return o
-
+from options import options
+from parallel import backward, score, share, world
 
 # ---------------------------------------------------------------- one step
 
@@ -220,8 +123,8 @@ def step(policy, problems, number, o):
         w = old_logp.shape[1]
         batches.append({"prompts": prompts[s], "completions": completions[s], "old_logp": old_logp, "entropy": entropy,
                         "advantages": advantages[s, :w], "mask": mask[s, :w]})  # fmt: skip
-    if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
-        entropy1 = [score(policy.model, b["prompts"], b["completions"], 1.0, o)[1] for b in batches]
+        if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
+            batches[-1]["entropy1"] = score(policy.model, prompts[s], completions[s], 1.0, o)[1]
     tick()
 
     logs, shown = [], None
@@ -231,16 +134,23 @@ def step(policy, problems, number, o):
         shown = shown or t
     tick()
 
-    # log: sums over counts, never means of means
-    tokens = int(lengths.sum())
+    metrics = {"step": number} | summary(policy, rewards, completions, batches, logs, o)
+    metrics["seconds"] = {k: b - a for k, a, b in zip(("sample", "reward", "score", "update"), clock, clock[1:])}
+    return metrics, sample_lines(policy, batches[0], shown, texts, rewards, number)
+
+
+def summary(policy, rewards, completions, batches, logs, o):
+    """The figures of a step, over all its tokens or all its updates: sums over counts, never means of means."""
+    tokens = sum(map(len, completions))
     total = lambda key: sum(log[key] for log in logs)
     mean = lambda key: total(key) / len(logs) if math.isfinite(total(key)) else None
-    H = pad([row for batch in batches for row in batch["entropy"]], width)
+    token_mean = lambda key: sum(b[key].sum().item() for b in batches) / tokens
+    seq_mean = lambda key: sum((b[key].sum(1) / b["mask"].sum(1)).sum().item() for b in batches) / len(completions)
+    own = "entropy" if o.temperature == 1 else "entropy1"  # the policy's own entropy is that at temperature 1
     metrics = {
-        "step": number,
         "reward": rewards.mean().item(),
-        "entropy": H.sum().item() / tokens,
-        "entropy_seq": (H.sum(1) / lengths).mean().item(),
+        "entropy": token_mean(own),
+        "entropy_seq": seq_mean(own),
         "covariance": total("covariance") / total("tokens"),
         "selected": total("selected") / total("tokens"),
         "clip_fraction": total("clipped") / total("tokens"),
@@ -253,13 +163,8 @@ def step(policy, problems, number, o):
         "no_signal": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "skipped": sum(not log["finite"] for log in logs),
         "tokens": tokens,
-        "seconds": {k: b - a for k, a, b in zip(("sample", "reward", "score", "update"), clock, clock[1:])},
     }
-    if o.temperature != 1:
-        metrics["entropy_sampling"] = metrics["entropy"]
-        metrics["entropy"] = sum(e.sum().item() for e in entropy1) / tokens
-        metrics["entropy_seq"] = sum((e.sum(1) / b["mask"].sum(1)).sum().item() for e, b in zip(entropy1, batches)) / len(completions)
-    return metrics, sample_lines(policy, batches[0], shown, texts, rewards, number)
+    return metrics if o.temperature == 1 else metrics | {"entropy_sampling": token_mean("entropy")}
 
 
 def sample_lines(policy, batch, t, texts, rewards, number, count=4):

