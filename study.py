@@ -30,13 +30,12 @@ WINDOW = 20
 # name of a study: its seeds, and the options of train.py for each of its rows. None of these seeds served for tuning.
 STUDIES = {
     "phenomenon": {
-        "seeds": range(21, 29),
+        "seeds": range(31, 39),
         "rows": {
             "grpo": "--method grpo",
             "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
             "clip_cov": "--method clip_cov",
             "kl_cov": "--method kl_cov",
-            "grpo, 2 passes": "--method grpo --passes 2",
         },
     },
 }

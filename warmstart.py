@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--batch", type=int, default=128, help="chains of thought a step (default 128)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, cosine to 0 (default 3e-3)")
     parser.add_argument("--share", type=float, default=0.03, help="share of the right strategy in phase 2 (default 0.03)")
-    parser.add_argument("--clumsy", type=float, default=0.55, help="how often a step of it is one too high (default 0.55)")
+    parser.add_argument("--clumsy", type=float, default=0.6, help="how often a step of it is one too high (default 0.6)")
     parser.add_argument("--slip", type=float, default=0.1, help="probability that any step's result is a wrong digit (default 0.1)")
     o = parser.parse_args()
 
