@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import entropy as entropies
 
+
 def world():
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

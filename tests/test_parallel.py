@@ -261,7 +261,7 @@ def work_of_two(tmp_path_factory):
     """The results of both processes, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, folder]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)], done.stdout
 

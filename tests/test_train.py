@@ -546,7 +546,7 @@ def subprocess_of(*argv, launcher=(), **more):
     """The same as a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, ROOT / "train.py", *argv]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment, **more)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, env=environment, **more)
 
 
 def lines(path):

@@ -89,7 +89,7 @@ def main():
             print(f"{done:6} answers, {time.time() - start:5.0f} s, {pool.broken} broken off, slowest {slowest:.2f} s, {memory[-1] / 2**20:.0f} MiB", flush=True)
     pool.close()
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
-    figures = {"answers": done, "seconds": round(time.time() - start), "deadline": DEADLINE, "broken off": pool.broken, "crashes": 0,
+    figures = {"answers": done, "seconds": round(time.time() - start), "deadline": DEADLINE, "broken off": pool.broken,
                "slowest seconds, a worker's start included": round(slowest, 2), "parent MiB after 1,000": round(memory[9] / 2**20, 1) if done > 1000 else None,
                "parent MiB at the end": round(memory[-1] / 2**20, 1), "greatest worker MiB": round(worker), "hacked": (ROOT / "hacked").exists(),
                "equal to the gold though spelt otherwise": len(accepted)}
