@@ -23,8 +23,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
+from transformers.utils.logging import disable_progress_bar
 
 TINY = str(Path(__file__).parent / "tiny")
+disable_progress_bar()  # one bar is enough: the one that shows the training
 BUCKET = 32  # attention reads the cache up to the longest row, rounded up to this
 
 
