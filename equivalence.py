@@ -43,6 +43,7 @@ def quick(gold, answer):
 
 
 def same(gold, answer, leaf):
+    """Whether two answers are the same: by spelling, else part by part, each part judged by `leaf`; None if open."""
     if gold.strip() == answer.strip():
         return True
     if not parseable(answer) or not parseable(gold):

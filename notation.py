@@ -207,6 +207,7 @@ def number(text):
 
 
 def unsigned(text):
+    """The exact value of a numeral without a sign, or None if the text is none."""
     if PLAIN.fullmatch(text):
         return Fraction(text)
     if match := POWER.fullmatch(text):

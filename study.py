@@ -42,6 +42,7 @@ STUDIES = {
 
 
 def directory(study, row, seed):
+    """Where a run of a study is kept."""
     return HERE / "runs" / study / f"{row.replace(', ', '_').replace(' ', '')}-s{seed}"
 
 
