@@ -28,7 +28,7 @@ def describe(o):
 
 
 def save(policy, number, o):
-    """checkpoint/: all that the next step needs. Written beside and renamed, so that there always is a whole one."""
+    """checkpoint/: all that the next step needs. Written beside and renamed; a kill just before the renaming leaves it in checkpoint.new."""
     new, old = Path(o.out) / "checkpoint.new", Path(o.out) / "checkpoint"
     shutil.rmtree(new, ignore_errors=True)
     policy.model.save_pretrained(new)
