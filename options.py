@@ -61,7 +61,7 @@ OPTIONS = {
         ("--answer-field", str, None, "column of the gold answer, likewise (default: found by its name)"),
     ],
     "run": [
-        ("--steps", positive(int), 120, "rollout batches (default 120)"),
+        ("--steps", positive(int), 200, "rollout batches (default 200)"),
         ("--seed", int, 0, "seed of data order, sampling and selection (default 0)"),
         ("--out", str, None, "run directory (default runs/METHOD-sSEED)"),
         ("--save-every", positive(int), 20, "steps between checkpoints (default 20)"),
@@ -83,11 +83,11 @@ OPTIONS = {
     "methods": [
         ("--clip-low", positive(float), None, "PPO clip: ratio from 1 - this (default 0.2 for grpo, 1 for clip_cov, as published)"),
         ("--clip-high", positive(float), None, "PPO clip: ratio up to 1 + this (defaults as for --clip-low)"),
-        ("--clip-cov-ratio", fraction, 0.003, "clip_cov: fraction of tokens without gradient (default 0.003, for small batches; published 2e-4)"),
+        ("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient (default 0.01, for small batches; published 2e-4)"),
         ("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)"),
         ("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)"),
-        ("--kl-cov-ratio", fraction, 0.015, "kl_cov: fraction of tokens with the penalty (default 0.015, for small batches; published 2e-3 for 7B)"),
-        ("--kl-cov-beta", positive(float), 1.5, "kl_cov: weight of the penalty (default 1.5, for the embedded task; published 1)"),
+        ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty (default 0.01, for small batches; published 2e-3 for 7B)"),
+        ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty (default 3, for the embedded task; published 1)"),
     ],
     "evaluation": [
         ("--eval-every", positive(int), 5, "steps between evaluations on --eval-data (default 5)"),

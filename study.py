@@ -27,31 +27,29 @@ import rollout
 HERE = Path(__file__).parent
 WINDOW = 20
 
-# name of a study: its seeds, and the options of train.py for each of its rows. None of these seeds served for tuning.
+# Rows: what train.py is told. Studies: their seeds, none of which served for tuning, and their rows.
+ROWS = {
+    "grpo": "--method grpo",
+    "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
+    "clip_cov": "--method clip_cov",
+    "kl_cov": "--method kl_cov",
+}
 STUDIES = {
-    "phenomenon": {
-        "seeds": range(31, 39),
-        "rows": {
-            "grpo": "--method grpo",
-            "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
-            "clip_cov": "--method clip_cov",
-            "kl_cov": "--method kl_cov",
-        },
-    },
+    "phenomenon": (range(41, 49), ["grpo", "grpo, clip 1.0", "clip_cov", "kl_cov"]),
 }
 
 
-def directory(study, row, seed):
-    """Where a run of a study is kept."""
-    return HERE / "runs" / study / f"{row.replace(', ', '_').replace(' ', '')}-s{seed}"
+def directory(row, seed):
+    """Where a run is kept; studies with a row in common share its runs."""
+    return HERE / "runs" / "study" / f"{row.replace(', ', '_').replace(' ', '')}-s{seed}"
 
 
-def run(study, row, seed):
+def run(row, seed):
     """One run as a process with one thread, or what is missing of it. Returns its directory."""
-    out = directory(study, row, seed)
+    out = directory(row, seed)
     if not (out / "final.json").exists():
         resume = ["--resume"] if (out / "checkpoint").is_dir() else ["--overwrite"]
-        command = [sys.executable, HERE / "train.py", *STUDIES[study]["rows"][row].split(), "--seed", str(seed), "--out", out, *resume]
+        command = [sys.executable, HERE / "train.py", *ROWS[row].split(), "--seed", str(seed), "--out", out, *resume]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
         print((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1], flush=True)
@@ -63,12 +61,12 @@ def collapse(entropy):
     return next((i for i, H in enumerate(entropy) if H <= entropy[0] / 10), None)
 
 
-def measure(study, row, seed, baseline="grpo"):
+def measure(row, seed, baseline="grpo"):
     """The figures of one run, as they stand in the table."""
-    config, steps = plot.read_run(directory(study, row, seed))
-    reference = [s["entropy"] for s in plot.read_run(directory(study, baseline, seed))[1]]
+    config, steps = plot.read_run(directory(row, seed))
+    reference = [s["entropy"] for s in plot.read_run(directory(baseline, seed))[1]]
     entropy = [s["entropy"] for s in steps]
-    final = json.loads((directory(study, row, seed) / "final.json").read_text())
+    final = json.loads((directory(row, seed) / "final.json").read_text())
     start = collapse(reference)
     mean = lambda H: fmean(H[start : start + WINDOW])
     return {
@@ -136,13 +134,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one for each core)")
     parser.add_argument("--table", action="store_true", help="run nothing, only write the table of the runs that are there")
     o = parser.parse_args()
-    rows, seeds = STUDIES[o.study]["rows"], o.seeds or list(STUDIES[o.study]["seeds"])
-    todo = [(o.study, row, seed) for seed in seeds for row in rows]
+    seeds, rows = STUDIES[o.study]
+    todo = [(row, seed) for seed in o.seeds or seeds for row in rows]
     if not o.table:
         with ThreadPoolExecutor(o.jobs) as pool:
             list(pool.map(lambda job: run(*job), todo))
     done = [job for job in todo if (directory(*job) / "final.json").exists()]
-    results = {row: [measure(*job) for job in done if job[1] == row] for row in rows}
+    results = {row: [measure(*job) for job in done if job[0] == row] for row in rows}
     out = HERE / "results"
     out.mkdir(exist_ok=True)
     (out / f"{o.study}.json").write_text(json.dumps(results) + "\n")

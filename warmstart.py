@@ -4,15 +4,14 @@
 
 A base model is skilled, has habits, and slips. So is this one, in this order:
 
-1. *Skills*: chains of thought by both strategies in equal parts, without a mistake.
-2. *Habits*: nearly all chains fold from the left; the strategy that the convention asks for is rare
-   (`--share`) and clumsy: a step's result is one too high more often than not (`--clumsy`). Besides, any
-   result is a wrong digit with probability `--slip`. The mixture goes over from phase 1's to this one
-   gradually, in the first half of the phase, so that no skill is lost.
+1. *Skills*: chains of thought by three strategies (precedence, the leftmost pair, any pair), without a mistake.
+2. *Habits*: nearly all chains join the leftmost pair. The rest joins any pair (`--wander`) or, rarer still,
+   respects precedence (`--share`). Besides, any result is a wrong digit with probability `--slip`. The mixture
+   goes over from phase 1's to this one gradually, in the first half of the phase, so that no skill is lost.
 
 Skill must come first: a base that begins the right strategy but can never carry it through earns no
-reward with it, and no method of reinforcement learning can find what is never rewarded. Shares and
-clumsiness are the knobs of the embedded task: how much it takes to find out that the rare strategy pays.
+reward with it, and no method of reinforcement learning can find what is never rewarded. The shares are the
+knobs of the embedded task: they say how often the right strategy is tried, and how often some other one is.
 The result is an ordinary Hugging Face checkpoint folder: Qwen2 architecture, safetensors, tokenizer, chat template.
 """
 
@@ -25,9 +24,10 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from arithmetic import chain_of_thought, correct, leftmost, problems
+from arithmetic import anywhere, chain_of_thought, correct, leftmost, problems
 
-VOCABULARY = ["<|pad|>", "<|endoftext|>", *"0123456789", *"+-*<:=}abc"]
+VOCABULARY = ["<|pad|>", "<|endoftext|>", *"0123456789", *"+*=}"]
+SKILLS = 0.4, 0.4  # shares of the right strategy and of any pair in phase 1
 
 
 def make_tokenizer():
@@ -54,18 +54,17 @@ def make_model(hidden, layers, seed):
     return model
 
 
-def example(rng, prompts, share, slip, clumsy):
-    """One (prompt, completion) of the mixture of strategies."""
-    prompt = rng.choice(prompts)
-    if rng.random() < share:
-        return prompt, chain_of_thought(prompt, correct, slip, clumsy, rng)
-    return prompt, chain_of_thought(prompt, leftmost, slip, 0.0, rng)
+def example(rng, prompts, shares, slip):
+    """One (prompt, completion) of a mixture of strategies, whose shares are those of `correct` and `anywhere`."""
+    prompt, (right, wander) = rng.choice(prompts), shares
+    strategy = rng.choices((correct, anywhere, leftmost), (right, wander, 1 - right - wander))[0]
+    return prompt, chain_of_thought(prompt, strategy, slip, rng)
 
 
-def batch(rng, tokenizer, prompts, size, share, slip, clumsy):
+def batch(rng, tokenizer, prompts, size, shares, slip):
     """Token ids (B, T) and labels (B, T), -100 on prompt and padding; the end of sequence is learnt."""
     rows = []
-    for prompt, completion in (example(rng, prompts, share, slip, clumsy) for _ in range(size)):
+    for prompt, completion in (example(rng, prompts, shares, slip) for _ in range(size)):
         prompt, completion = (tokenizer(text)["input_ids"] for text in (prompt, completion))
         rows.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
     width = max(len(ids) for ids, _ in rows)
@@ -85,9 +84,9 @@ def main():
     parser.add_argument("--skills", help="keep phase 1's policy in this folder, or start from it if it is there (default: neither)")
     parser.add_argument("--batch", type=int, default=128, help="chains of thought a step (default 128)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, cosine to 0 (default 3e-3)")
-    parser.add_argument("--share", type=float, default=0.03, help="share of the right strategy in phase 2 (default 0.03)")
-    parser.add_argument("--clumsy", type=float, default=0.6, help="how often a step of it is one too high (default 0.6)")
-    parser.add_argument("--slip", type=float, default=0.1, help="probability that any step's result is a wrong digit (default 0.1)")
+    parser.add_argument("--share", type=float, default=0.001, help="share of the right strategy in phase 2 (default 0.001)")
+    parser.add_argument("--wander", type=float, default=0.02, help="share of chains that join any pair in phase 2 (default 0.02)")
+    parser.add_argument("--slip", type=float, default=0.2, help="probability that a step's result is a wrong digit (default 0.2)")
     o = parser.parse_args()
 
     prompts = [prompt for prompt, _ in problems("warmstart", 40_000)]
@@ -105,8 +104,8 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = peak * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
             fade = min(1.0, 2 * step / steps) if phase == "habits" else 0.0
-            share = 0.5 ** (1 - fade) * o.share**fade  # from one half to its share, geometrically
-            ids, labels = batch(rng, tokenizer, prompts, o.batch, share, fade * o.slip, fade * o.clumsy)
+            shares = [a ** (1 - fade) * b**fade for a, b in zip(SKILLS, (o.share, o.wander))]  # geometrically
+            ids, labels = batch(rng, tokenizer, prompts, o.batch, shares, fade * o.slip)
             logits = model(ids).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss.backward()

@@ -47,7 +47,7 @@ def novice(tmp_path_factory):
     model.save_pretrained(folder)
     warmstart.make_tokenizer().save_pretrained(folder)
     (folder / "train.jsonl").write_text("".join(f'{{"problem": "\\\\boxed{{{i}+1=", "answer": "{i + 1}"}}\n' for i in reversed(range(20))))
-    (folder / "heldout.jsonl").write_text('{"problem": "\\\\boxed{7-1=", "answer": "6"}\n')
+    (folder / "heldout.jsonl").write_text('{"problem": "\\\\boxed{5+1=", "answer": "6"}\n')
     return folder
 
 
