@@ -47,7 +47,7 @@ def novice(tmp_path_factory):
     model.save_pretrained(folder)
     warmstart.make_tokenizer().save_pretrained(folder)
     (folder / "train.jsonl").write_text("".join(f'{{"problem": "\\\\boxed{{{i}+1=", "answer": "{i + 1}"}}\n' for i in reversed(range(20))))
-    (folder / "heldout.jsonl").write_text('{"problem": "\\\\boxed{5+1=", "answer": "6"}\n')
+    (folder / "heldout.jsonl").write_text('{"problem": "\\\\boxed{5+2=", "answer": "7"}\n')
     return folder
 
 
@@ -288,7 +288,7 @@ def test_entropy_is_the_token_mean_and_entropy_seq_the_mean_of_the_means_of_sequ
     H = exact_entropies(train.load(o)[0], [u[0] for u in updates], 1.0)
     assert m["entropy"] == pytest.approx(math.fsum(map(math.fsum, H)) / COUNT, rel=1e-5)
     assert m["entropy_seq"] == pytest.approx(sum(math.fsum(h) / len(h) for h in H) / 16, rel=1e-5)
-    assert abs(m["entropy"] - m["entropy_seq"]) > 1e-3
+    assert abs(m["entropy"] - m["entropy_seq"]) > 1e-4
 
 
 def test_at_another_temperature_entropy_is_reported_at_1_and_at_that_of_sampling(options, paid, updates, monkeypatch):
@@ -600,7 +600,7 @@ def check_run(run, method, steps):
 
 def test_a_run_as_a_command_of_its_own(tmp_path):
     """Set up, progress, files and last line of `python train.py --method kl_cov`, with short options, from another folder."""
-    done = subprocess_of("--method", "kl_cov", "--steps", 2, *SHORT, cwd=tmp_path)
+    done = subprocess_of("--method", "kl_cov", "--kl-cov-ratio", 0.1, "--steps", 2, *SHORT, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     run = tmp_path / "runs" / "kl_cov-s5"
     check_run(run, "kl_cov", 2)
