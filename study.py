@@ -35,7 +35,7 @@ ROWS = {
     "kl_cov": "--method kl_cov",
 }
 STUDIES = {
-    "phenomenon": (range(41, 49), ["grpo", "grpo, clip 1.0", "clip_cov", "kl_cov"]),
+    "phenomenon": (range(51, 59), ["grpo", "grpo, clip 1.0", "clip_cov", "kl_cov"]),
 }
 
 

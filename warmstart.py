@@ -84,8 +84,8 @@ def main():
     parser.add_argument("--skills", help="keep phase 1's policy in this folder, or start from it if it is there (default: neither)")
     parser.add_argument("--batch", type=int, default=128, help="chains of thought a step (default 128)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, cosine to 0 (default 3e-3)")
-    parser.add_argument("--share", type=float, default=0.001, help="share of the right strategy in phase 2 (default 0.001)")
-    parser.add_argument("--wander", type=float, default=0.02, help="share of chains that join any pair in phase 2 (default 0.02)")
+    parser.add_argument("--share", type=float, default=0.0005, help="share of the right strategy in phase 2 (default 0.0005)")
+    parser.add_argument("--wander", type=float, default=0.01, help="share of chains that join any pair in phase 2 (default 0.01)")
     parser.add_argument("--slip", type=float, default=0.2, help="probability that a step's result is a wrong digit (default 0.2)")
     o = parser.parse_args()
 
