@@ -2,7 +2,7 @@
 
     config.json      every option as used, versions, git commit
     metrics.jsonl    a line for each step            samples.jsonl    a few completions, token by token
-    checkpoint/      policy, optimizer and step: all that the next step needs
+    checkpoint/      policy, optimizer, PRIME's model and optimizer, step and position in the data: all that the next step needs
     model/           the final policy                final.json, curves.png
 
 All randomness follows from (seed, step, purpose), so there are no generator states to keep.
@@ -33,7 +33,10 @@ def save(policy, number, o):
     shutil.rmtree(new, ignore_errors=True)
     policy.model.save_pretrained(new)
     policy.tokenizer.save_pretrained(new)
-    torch.save({"step": number, "optimizer": policy.optimizer.state_dict()}, new / "state.pt")
+    state = {"step": number, "rounds": policy.rounds, "optimizer": policy.optimizer.state_dict()}
+    if policy.prm:
+        state["prm"] = {"model": policy.prm.model.state_dict(), "optimizer": policy.prm.optimizer.state_dict()}
+    torch.save(state, new / "state.pt")
     if old.exists():
         shutil.rmtree(old)
     new.rename(old)
@@ -43,6 +46,10 @@ def restore(policy, o):
     """The step that the checkpoint ends with; metrics.jsonl and samples.jsonl are cut back to it."""
     state = torch.load(Path(o.out) / "checkpoint" / "state.pt", map_location=o.device, weights_only=True)
     policy.optimizer.load_state_dict(state["optimizer"])
+    policy.rounds = state["rounds"]
+    if policy.prm:
+        policy.prm.model.load_state_dict(state["prm"]["model"])
+        policy.prm.optimizer.load_state_dict(state["prm"]["optimizer"])
     for group in policy.optimizer.param_groups:
         group["lr"] = o.lr  # not the one that the checkpoint was written with
     if world()[0] == 0:

@@ -50,6 +50,13 @@ def fraction(text):
     return value
 
 
+def share_of_tokens(text):
+    """A number above 0, up to 1."""
+    if fraction(text) == 0:
+        raise argparse.ArgumentTypeError(f"takes a fraction above 0, up to 1, got {text}")
+    return float(text)
+
+
 # ---------------------------------------------------------------- the options: name, kind, default, help
 
 OPTIONS = {
@@ -71,6 +78,7 @@ OPTIONS = {
         ("--samples", positive(int), 8, "completions of each, its group (default 8, as published)"),
         ("--temperature", positive(float), 1.0, "of sampling and of the log-probs alike (default 1, as published)"),
         ("--max-prompt-tokens", positive(int), 2048, "longer prompts are dropped (default 2048, as published)"),
+        ("--sample-batch", positive(int), 4096, "completions that a process samples at a time, for memory (default 4096); changes results by rounding alone"),
         ("--max-new-tokens", positive(int), 40, "longest completion (default 40, for the embedded task; published 8192)"),
     ],
     "update": [
@@ -81,13 +89,21 @@ OPTIONS = {
         ("--grad-clip", positive(float), 1.0, "largest norm of the gradient (default 1, as published)"),
     ],
     "methods": [
-        ("--clip-low", positive(float), None, "PPO clip: ratio from 1 - this (default 0.2 for grpo, 1 for clip_cov, as published)"),
-        ("--clip-high", positive(float), None, "PPO clip: ratio up to 1 + this (defaults as for --clip-low)"),
+        ("--clip-low", positive(float), None, "PPO clip, all but kl_cov: ratio from 1 - this (default 0.2; 1 for clip_cov, as published)"),
+        ("--clip-high", positive(float), None, "and up to 1 + this (default 0.2; 0.28 for clip_higher and 1 for clip_cov, as published)"),
         ("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient (default 0.01, for small batches; published 2e-4)"),
         ("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)"),
         ("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)"),
         ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty (default 0.01, for small batches; published 2e-3 for 7B)"),
         ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty (default 3, for the embedded task; published 1)"),
+        ("--entropy-coef", positive(float), 0.005, "entropy_bonus: nats of entropy count this much (default 0.005; arXiv 2505.22617 tries 1e-4 to 1e-2)"),
+        ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL to the starting policy (default 0.04, that of arXiv 2402.03300)"),
+        ("--entropy-fraction", share_of_tokens, None, "high_entropy, low_entropy: fraction of the tokens of a mini-batch that is trained on "
+         "(default 0.2 for high_entropy, 0.8 for low_entropy, as published in arXiv 2506.01939)"),
+    ],
+    "advantage": [
+        ("--prm-beta", positive(float), 0.05, "prime: scale of the process rewards (default 0.05, as published in arXiv 2502.01456)"),
+        ("--prm-lr", positive(float), None, "prime: learning rate of the process reward model (default twice --lr, as published: 1e-6 beside 5e-7)"),
     ],
     "evaluation": [
         ("--eval-every", positive(int), 5, "steps between evaluations on --eval-data (default 5)"),
@@ -107,6 +123,8 @@ def command_line():
     parser.add_argument("--advantage", choices=losses.ESTIMATORS, default="grpo", help="estimator of the advantage (default grpo)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: a GPU if there is one")  # fmt: skip
+    parser.add_argument("--filter-groups", action="store_true",
+                        help="drop groups whose rewards are all equal and sample more problems until the batch is full, in at most 10 rounds a step")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     for heading, rows in OPTIONS.items():
@@ -120,11 +138,17 @@ def options(argv=None):
     """The options as used, with the defaults that depend on the method, and what each may not be beside the others."""
     parser = command_line()
     o = parser.parse_args(argv)
-    clip = 1.0 if o.method == "clip_cov" else 0.2
-    o.clip_low, o.clip_high = o.clip_low or clip, o.clip_high or clip
+    low, high = {"clip_higher": (0.2, 0.28), "clip_cov": (1.0, 1.0)}.get(o.method, (0.2, 0.2))
+    o.clip_low, o.clip_high = o.clip_low or low, o.clip_high or high
+    o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)
+    o.prm_lr = o.prm_lr or 2 * o.lr
     o.out = o.out or f"runs/{o.method}-s{o.seed}"
-    if o.samples < 2:
-        parser.error("argument --samples: takes 2 or more: the advantage compares the samples of a group")
+    if o.samples < 2 and o.advantage not in losses.COMPARES_GROUPS:
+        parser.error(f"argument --samples: takes 2 or more with --advantage {o.advantage}, which compares the samples of a group")
+    if o.samples < 2 and o.filter_groups:
+        parser.error("argument --filter-groups: takes --samples 2 or more; the rewards of a group of one are always equal")
+    if o.samples * o.prompts < 2:
+        parser.error("argument --prompts: takes 2 or more with --samples 1: the advantage compares the completions of the batch")
     if o.prompts % o.mini_batch:
         parser.error(f"argument --mini-batch: takes a divisor of --prompts {o.prompts}, got {o.mini_batch}")
     if o.method == "kl_cov" and o.prompts == o.mini_batch and o.passes == 1:

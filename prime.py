@@ -3,13 +3,13 @@
 A second language model phi, the process reward model (PRM), starts as the reference, which is the starting policy.
 Of a completion y with outcome o(y), 1 if it is right and 0 if not,
 
-    r(y_t) = beta log( phi(y_t | y_<t) / ref(y_t | y_<t) )                 process reward of a token, eq. 3
-    L(phi) = -[ o log sigmoid(sum_t r(y_t)) + (1 - o) log(1 - sigmoid(sum_t r(y_t))) ]               eq. 4
+    r(y_t) = beta log( phi(y_t | y_<t) / ref(y_t | y_<t) )                                (1)
+    L(phi) = -[ o log sigmoid(sum_t r(y_t)) + (1 - o) log(1 - sigmoid(sum_t r(y_t))) ]        (2)
 
 So phi learns to tell right completions from wrong ones as a whole, and its log-ratios spread the verdict over the tokens.
-Within a group of G completions, both rewards are compared with the others' (leave-one-out), eq. 5:
+Within a group of G completions, both rewards are compared with the others' (leave-one-out):
 
-    A(y_t) = sum_{s >= t} ( r(y_s) - mean over the others of their mean r )  +  o(y) - mean over the others of o
+    A(y_t) = sum_{s >= t} ( r(y_s) - mean over the others of their mean r )  +  o(y) - mean over the others of o    (3)
 
 Each step the rewards are those of phi as it was, then phi learns from the step's outcomes, mini-batch by mini-batch.
 In the first step phi is the reference, so all process rewards are 0 and the advantage is RLOO's.
@@ -19,6 +19,7 @@ The published code normalises A over the batch besides; the equation does not, n
 """
 
 import argparse
+import math
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -34,17 +35,17 @@ def process_model(o):
 
 
 def token_rewards(phi_logp, ref_logp, mask, beta):
-    """r(y_t), eq. 3: (B, T), zero where no token is."""
+    """r(y_t), equation 1: (B, T), zero where no token is."""
     return (beta * (phi_logp - ref_logp)).masked_fill(~mask, 0.0)
 
 
 def outcome_loss(r, outcomes):
-    """Cross-entropy of sigmoid(sum_t r) with the outcomes (B,), mean over the completions, eq. 4: scalar."""
+    """Cross-entropy of sigmoid(sum_t r) with the outcomes (B,), mean over the completions, equation 2: scalar."""
     return binary_cross_entropy_with_logits(r.sum(1), outcomes)
 
 
 def process_advantages(r, mask, samples):
-    """The first sum of eq. 5, groups of `samples` rows following each other: (B, T)."""
+    """The sum in equation 3, groups of `samples` rows following each other: (B, T)."""
     means = (r.sum(1) / mask.sum(1)).view(-1, samples)  # (P, G)
     others = ((means.sum(1, keepdim=True) - means) / (samples - 1)).view(-1, 1)
     return (r - others).masked_fill(~mask, 0.0).flip(1).cumsum(1).flip(1) * mask
@@ -69,17 +70,15 @@ def learn(prm, batch, o):
 
 
 def process_rewards(prm, batches, o):
-    """Adds eq. 5's process part to the advantages of all mini-batches, then lets phi learn. Returns what is logged of phi as it was."""
+    """Adds the sum in equation 3 to the advantages of all mini-batches, then lets phi learn. Returns what is logged of phi as it was."""
     rewards = [judge(prm, batch, o) for batch in batches]
     for batch, r in zip(batches, rewards):
         batch["advantages"] = batch["advantages"] + process_advantages(r, batch["mask"], o.samples)
         learn(prm, batch, o)
-    outcomes = torch.cat([batch["rewards"] for batch in batches])
-    verdicts = torch.cat([r.sum(1) for r in rewards])
-    return {
-        "prm_loss": binary_cross_entropy_with_logits(verdicts, outcomes).item(),
-        "prm_accuracy": ((verdicts > 0) == (outcomes > 0.5)).float().mean().item(),
-    }
+    verdicts, outcomes = torch.cat([r.sum(1) for r in rewards]), torch.cat([batch["rewards"] for batch in batches])
+    loss = binary_cross_entropy_with_logits(verdicts, outcomes).item()
+    right = (verdicts > 0) == (outcomes > 0.5)
+    return {"prm_loss": loss if math.isfinite(loss) else None, "prm_accuracy": right.float().mean().item()}
 
 
 def main():

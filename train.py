@@ -14,7 +14,6 @@ import argparse
 import copy
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -32,8 +31,12 @@ import plot
 import reward
 import rollout
 from checkpoint import describe, restore, save
+from metrics import sample_lines, stopwatch, summary
 from options import options
 from parallel import backward, score, share, world
+from prime import process_model, process_rewards
+
+ROUNDS = 10  # of sampling in a step at most, with --filter-groups: as published in arXiv 2505.22617
 
 # ---------------------------------------------------------------- one step
 
@@ -54,8 +57,10 @@ def update(policy, batch, generator, first, o):
     logp, entropy = score(policy.model, batch["prompts"], batch["completions"], o.temperature, o)
     if first and not torch.equal(logp, batch["old_logp"]):
         raise RuntimeError("the first ratio is not exactly 1: old and new log-probs come from different computations")
-    t = losses.Tokens(logp.requires_grad_(), batch["old_logp"], batch["advantages"], batch["mask"], entropy.requires_grad_(), generator)
-    loss = losses.aggregate(losses.METHODS[o.method](t, o), t.mask, t.mask.sum())
+    t = losses.Tokens(logp.requires_grad_(), batch["old_logp"], batch["advantages"], batch["mask"], entropy.requires_grad_(), generator,
+                      old_entropy=batch["entropy"], ref_logp=batch.get("ref_logp"))  # fmt: skip
+    token_loss = losses.METHODS[o.method](t, o)
+    loss = losses.aggregate(token_loss, t.kept, t.kept.sum())
     dlogp, dentropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True, materialize_grads=True)
 
     policy.optimizer.zero_grad(set_to_none=True)
@@ -78,12 +83,15 @@ def generator(o, step, purpose):
 
 
 def problems_of_step(problems, number, o):
-    """The problems of step 1, 2, ...: all in random order, then all in another random order, and so on."""
-    first = (number - 1) * o.prompts
-    epochs = range(first // len(problems), (first + o.prompts - 1) // len(problems) + 1)
+    """The problems of round 1, 2, ...: all in random order, then all in another random order, and so on.
+
+    A step is a round, unless --filter-groups makes it ask for more: then this holds the problems of the ROUNDS that it may take.
+    """
+    first, count = (number - 1) * o.prompts, o.prompts * (ROUNDS if o.filter_groups else 1)
+    epochs = range(first // len(problems), (first + count - 1) // len(problems) + 1)
     order = [i for e in epochs for i in torch.randperm(len(problems), generator=generator(o, e, "order")).tolist()]
     start = first - epochs[0] * len(problems)
-    return [problems[i] for i in order[start : start + o.prompts]]
+    return [problems[i] for i in order[start : start + count]]
 
 
 def draw_rollouts(policy, prompts, number, o):
@@ -92,93 +100,82 @@ def draw_rollouts(policy, prompts, number, o):
     refresh(policy.sampler, policy.model)
 
     def mine(prompts, noise):
-        return rollout.sample(policy.sampler, prompts, o.samples, o.max_new_tokens, o.temperature, policy.eos_ids,
-                              noise=torch.stack(noise) if noise else None)  # fmt: skip
+        at_once = max(1, o.sample_batch // o.samples)
+        parts = [(prompts[i : i + at_once], torch.stack(noise[i : i + at_once])) for i in range(0, len(prompts), at_once)]
+        return [group for some, u in parts
+                for group in rollout.sample(policy.sampler, some, o.samples, o.max_new_tokens, o.temperature, policy.eos_ids, noise=u)]  # fmt: skip
 
     return [completion for group in share(mine, prompts, list(noise)) for completion in group]
 
 
-def step(policy, problems, number, o):
-    """One step from (prompt ids, answer) to an updated policy. Returns a line of metrics.jsonl and one of samples.jsonl."""
-    clock = [time.perf_counter()]
-    tick = lambda: clock.append(time.perf_counter())
+def collect(policy, problems, number, o, lap):
+    """The groups of a step: those that are trained on, and those that are dropped.
 
-    prompts = [ids for ids, _ in problems for _ in range(o.samples)]
-    completions = draw_rollouts(policy, [ids for ids, _ in problems], number, o)
-    lengths = torch.tensor([len(c) for c in completions])
-    width = int(lengths.max())
-    mask = torch.arange(width) < lengths[:, None]  # (B, T): from the lengths, never from the ids
-    tick()
+    A group is a problem's prompt, its o.samples completions, their texts and rewards. All groups of one round of o.prompts
+    problems are kept. With --filter-groups (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2) a group is kept if its
+    rewards are not all equal, and rounds follow until there are o.prompts of them or `problems` is at its end.
+    """
+    kept, dropped = [], []
+    for r in range(0, len(problems), o.prompts):
+        prompts, answers = zip(*problems[r : r + o.prompts])
+        completions = draw_rollouts(policy, list(prompts), f"{number}.{r // o.prompts}" if r else number, o)
+        lap("sample")
+        texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rewards = share(reward.grade_all, texts, [answer for answer in answers for _ in range(o.samples)])
+        lap("reward")
+        for i, prompt in enumerate(prompts):
+            s = slice(i * o.samples, (i + 1) * o.samples)
+            keep = len(kept) < o.prompts and not (o.filter_groups and min(rewards[s]) == max(rewards[s]))
+            (kept if keep else dropped).append({"prompt": prompt, "completions": completions[s], "texts": texts[s], "rewards": rewards[s]})
+        if len(kept) == o.prompts:
+            break
+    return kept, dropped
 
-    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    answers = [answer for _, answer in problems for _ in range(o.samples)]
-    rewards = torch.tensor(share(reward.grade_all, texts, answers)).view(-1, o.samples)  # (P, G)
-    advantages = losses.group_advantages(rewards, o.advantage).view(-1, 1) * mask  # (B, T)
-    tick()
 
-    batches = []  # old log-probs are computed as the update computes them, so that the first ratio is exactly 1
-    for i in range(0, len(completions), o.mini_batch * o.samples):
-        s = slice(i, i + o.mini_batch * o.samples)
-        old_logp, entropy = score(policy.model, prompts[s], completions[s], o.temperature, o)
-        w = old_logp.shape[1]
-        batches.append({"prompts": prompts[s], "completions": completions[s], "old_logp": old_logp, "entropy": entropy,
-                        "advantages": advantages[s, :w], "mask": mask[s, :w]})  # fmt: skip
+def mini_batches(policy, groups, advantages, o):
+    """Groups as mini-batches, with old log-probs and entropies: computed as the update computes them, so that the first ratio is 1."""
+    for i in range(0, len(groups), o.mini_batch):
+        some = groups[i : i + o.mini_batch]
+        rows = lambda key: [x for g in some for x in g[key]]
+        prompts, completions = [g["prompt"] for g in some for _ in g["completions"]], rows("completions")
+        old_logp, entropy = score(policy.model, prompts, completions, o.temperature, o)
+        mask = torch.arange(old_logp.shape[1]) < torch.tensor([len(c) for c in completions])[:, None]  # from the lengths, never the ids
+        batch = {
+            "prompts": prompts, "completions": completions, "texts": rows("texts"), "rewards": torch.tensor(rows("rewards")), "mask": mask,
+            "advantages": advantages[i : i + o.mini_batch].reshape(-1, 1) * mask, "old_logp": old_logp, "entropy": entropy,
+        }  # fmt: skip
         if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
-            batches[-1]["entropy1"] = score(policy.model, prompts[s], completions[s], 1.0, o)[1]
-    tick()
+            batch["entropy1"] = score(policy.model, prompts, completions, 1.0, o)[1]
+        if policy.reference:
+            batch["ref_logp"] = score(policy.reference, prompts, completions, o.temperature, o)[0]
+        yield batch
+
+
+def step(policy, problems, number, o):
+    """One step from (prompt ids, answer) to an updated policy. Returns a line of metrics.jsonl and a few of samples.jsonl."""
+    seconds, lap = stopwatch("sample", "reward", "score", "update")
+    kept, dropped = collect(policy, problems, number, o, lap)
+    policy.rounds += (len(kept) + len(dropped)) // o.prompts
+
+    rewards = torch.tensor([g["rewards"] for g in kept]).view(-1, o.samples)  # (P, G)
+    lengths = torch.tensor([[len(c) for c in g["completions"]] for g in kept]).view(-1, o.samples)
+    advantages = losses.group_advantages(rewards, o.advantage, lengths=lengths) if kept else rewards
+    lap("reward")
+
+    batches = list(mini_batches(policy, kept, advantages, o))
+    others = list(mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o))  # the policy's entropy is over all rollouts
+    judged = process_rewards(policy.prm, batches, o) if policy.prm and batches else {}
+    lap("score")
 
     logs, shown = [], None
     for n in range(o.passes * len(batches)):
         t, log = update(policy, batches[n % len(batches)], generator(o, f"{number}.{n}", "select"), n == 0, o)
         logs.append(log)
         shown = shown or t
-    tick()
+    lap("update")
 
-    metrics = {"step": number} | summary(policy, rewards, completions, batches, logs, o)
-    metrics["seconds"] = {k: b - a for k, a, b in zip(("sample", "reward", "score", "update"), clock, clock[1:])}
-    return metrics, sample_lines(policy, batches[0], shown, texts, rewards, number)
-
-
-def summary(policy, rewards, completions, batches, logs, o):
-    """The figures of a step, over all its tokens or all its updates: sums over counts, never means of means."""
-    tokens = sum(map(len, completions))
-    total = lambda key: sum(log[key] for log in logs)
-    mean = lambda key: total(key) / len(logs) if math.isfinite(total(key)) else None
-    token_mean = lambda key: sum(b[key].sum().item() for b in batches) / tokens
-    seq_mean = lambda key: sum((b[key].sum(1) / b["mask"].sum(1)).sum().item() for b in batches) / len(completions)
-    own = "entropy" if o.temperature == 1 else "entropy1"  # the policy's own entropy is that at temperature 1
-    metrics = {
-        "reward": rewards.mean().item(),
-        "entropy": token_mean(own),
-        "entropy_seq": seq_mean(own),
-        "covariance": total("covariance") / total("tokens"),
-        "selected": total("selected") / total("tokens"),
-        "clip_fraction": total("clipped") / total("tokens"),
-        "ratio_max": max(log["ratio_max"] for log in logs),
-        "loss": mean("loss"),
-        "grad_norm": mean("grad_norm"),
-        "lr": policy.optimizer.param_groups[0]["lr"],
-        "completion_length": tokens / len(completions),
-        "truncated": sum(c[-1] not in policy.eos_ids for c in completions) / len(completions),
-        "no_signal": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "skipped": sum(not log["finite"] for log in logs),
-        "tokens": tokens,
-    }
-    return metrics if o.temperature == 1 else metrics | {"entropy_sampling": token_mean("entropy")}
-
-
-def sample_lines(policy, batch, t, texts, rewards, number, count=4):
-    """The first completions of a step, token by token, with what the method saw: lines of samples.jsonl."""
-    lines = []
-    for i in range(min(count, len(batch["completions"]))):
-        row = lambda x: [float(f"{v:.4g}") for v in x[i, : len(batch["completions"][i])].tolist()]
-        lines.append({
-            "step": number, "prompt": policy.tokenizer.decode(batch["prompts"][i]), "completion": texts[i],
-            "reward": rewards.flatten()[i].item(), "tokens": policy.tokenizer.batch_decode([[y] for y in batch["completions"][i]]),
-            "entropy": row(batch["entropy"]), "covariance": row(t.covariance), "advantage": row(t.advantages),
-            "selected": [] if t.selected is None else t.selected[i, : len(batch["completions"][i])].nonzero()[:, 0].tolist(),
-        })  # fmt: skip
-    return lines
+    metrics = {"step": number} | summary(policy, batches, others, logs, o) | judged | {"seconds": seconds}
+    return metrics, sample_lines(policy, batches[0], shown, number) if batches else []
 
 
 def evaluate(policy, problems, samples, temperature, o):
@@ -216,7 +213,11 @@ def load(o):
     if world()[0] == 0:
         print(f"{o.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {o.device}, {len(problems):,} problems"
               f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
-    policy = argparse.Namespace(model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer)
+    policy = argparse.Namespace(
+        model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
+        reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if losses.NEED_REFERENCE & {o.method, o.advantage} else None,
+        prm=process_model(o) if o.advantage == "prime" else None, rounds=0,
+    )  # fmt: skip
     return policy, problems, held_out
 
 
@@ -259,17 +260,17 @@ def train(o):
             if number % o.eval_every == 1 or o.eval_every == 1 or number == o.steps:  # of the policy that enters the step
                 accuracy = evaluate(policy, held_out, 1, 0.0, o).mean().item()
                 measured = {"accuracy": accuracy, "accuracy_sampled": evaluate(policy, held_out, 1, 1.0, o).mean().item()}
-            metrics, samples = step(policy, problems_of_step(problems, number, o), number, o)
+            metrics, samples = step(policy, problems_of_step(problems, policy.rounds + 1, o), number, o)
             metrics |= measured
             first = first or metrics
             metrics["seconds"]["total"] = sum(metrics["seconds"].values())
             print(json.dumps(metrics), file=metrics_file, flush=True)
-            if measured:
+            if measured and samples:
                 print(*map(json.dumps, samples), sep="\n", file=samples_file, flush=True)
-            if metrics["no_signal"] == 1 and leader:
+            if not metrics["grad_norm"] and metrics["no_signal"] == 1 and leader:
                 progress.write(f"step {number}: no group had a signal (equal rewards in each), the policy was left as it was")
             progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
-                                 cov=f"{metrics['covariance']:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
+                                 cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
             if leader and (number % o.save_every == 0 or number == o.steps):
                 save(policy, number, o)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if leader else [None]
