@@ -68,7 +68,7 @@ ESTIMATORS = {
     "reinforce_pp": reinforce_pp_advantages,
     "prime": rloo_advantages,  # of the outcome; prime.py adds the advantage of its process rewards, token by token
 }
-COMPARES_GROUPS = {"reinforce_pp"}  # the others compare the samples of a group with each other
+COMPARE_BATCH = {"reinforce_pp"}  # the others compare the samples of a group with each other alone
 
 
 def group_advantages(rewards, estimator="grpo", eps=1e-6, lengths=None):
@@ -80,9 +80,9 @@ def group_advantages(rewards, estimator="grpo", eps=1e-6, lengths=None):
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}, one of: {', '.join(ESTIMATORS)}")
-    if rewards.shape[1] < 2 and estimator not in COMPARES_GROUPS:
+    if rewards.shape[1] < 2 and estimator not in COMPARE_BATCH:
         raise ValueError("a group needs at least two samples: the advantage compares them with each other")
-    compared = (0, 1) if estimator in COMPARES_GROUPS else 1
+    compared = (0, 1) if estimator in COMPARE_BATCH else 1
     equal = rewards.amax(compared, keepdim=True) == rewards.amin(compared, keepdim=True)
     lengths = torch.ones_like(rewards) if lengths is None else lengths.to(rewards.dtype)
     return ESTIMATORS[estimator](rewards, lengths, eps).masked_fill(equal, 0.0)
@@ -104,7 +104,7 @@ class Tokens:
     old_entropy: torch.Tensor | None = None  # nats, the policy that sampled
     ref_logp: torch.Tensor | None = None  # log-prob under the starting policy, for those that NEED_REFERENCE
     selected: torch.Tensor | None = None  # set by a method: the tokens it acted on
-    clipped: torch.Tensor | None = None  # set by a method: the tokens whose gradient PPO's clip removes
+    clipped: torch.Tensor | None = None  # set by a method: the kept tokens whose gradient PPO's clip removes
     kept: torch.Tensor | None = None  # set by a method: the tokens whose losses are averaged, if not all
 
     def __post_init__(self):
@@ -121,7 +121,7 @@ def ppo_clip(t, o):
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and which tokens the clip silences (arXiv 1707.06347, eq. 7)."""
     free = t.ratio * t.advantages
     bounded = t.ratio.clamp(1 - o.clip_low, 1 + o.clip_high) * t.advantages
-    t.clipped = (bounded < free).detach() & t.mask
+    t.clipped = (bounded < free).detach() & t.kept
     return -torch.min(free, bounded)
 
 

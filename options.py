@@ -50,13 +50,6 @@ def fraction(text):
     return value
 
 
-def share_of_tokens(text):
-    """A number above 0, up to 1."""
-    if fraction(text) == 0:
-        raise argparse.ArgumentTypeError(f"takes a fraction above 0, up to 1, got {text}")
-    return float(text)
-
-
 # ---------------------------------------------------------------- the options: name, kind, default, help
 
 OPTIONS = {
@@ -70,7 +63,7 @@ OPTIONS = {
     "run": [
         ("--steps", positive(int), 200, "rollout batches (default 200)"),
         ("--seed", int, 0, "seed of data order, sampling and selection (default 0)"),
-        ("--out", str, None, "run directory (default runs/METHOD-sSEED)"),
+        ("--out", str, None, "run directory (default runs/METHOD-sSEED, runs/METHOD-ADVANTAGE-sSEED for other estimators than grpo)"),
         ("--save-every", positive(int), 20, "steps between checkpoints (default 20)"),
     ],
     "rollout": [
@@ -96,9 +89,9 @@ OPTIONS = {
         ("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)"),
         ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty (default 0.01, for small batches; published 2e-3 for 7B)"),
         ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty (default 3, for the embedded task; published 1)"),
-        ("--entropy-coef", positive(float), 0.005, "entropy_bonus: nats of entropy count this much (default 0.005; arXiv 2505.22617 tries 1e-4 to 1e-2)"),
+        ("--entropy-coef", positive(float), 0.005, "entropy_bonus: weight of a nat of entropy (default 0.005, of those tried in arXiv 2505.22617 the one that held the entropy)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL to the starting policy (default 0.04, that of arXiv 2402.03300)"),
-        ("--entropy-fraction", share_of_tokens, None, "high_entropy, low_entropy: fraction of the tokens of a mini-batch that is trained on "
+        ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of the tokens of a mini-batch that is trained on "
          "(default 0.2 for high_entropy, 0.8 for low_entropy, as published in arXiv 2506.01939)"),
     ],
     "advantage": [
@@ -140,13 +133,16 @@ def options(argv=None):
     o = parser.parse_args(argv)
     low, high = {"clip_higher": (0.2, 0.28), "clip_cov": (1.0, 1.0)}.get(o.method, (0.2, 0.2))
     o.clip_low, o.clip_high = o.clip_low or low, o.clip_high or high
+    if o.entropy_fraction == 0:
+        parser.error("argument --entropy-fraction: takes a fraction above 0: without tokens there is no update")
     o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)
     o.prm_lr = o.prm_lr or 2 * o.lr
-    o.out = o.out or f"runs/{o.method}-s{o.seed}"
-    if o.samples < 2 and o.advantage not in losses.COMPARES_GROUPS:
+    estimator = "" if o.advantage == "grpo" else f"-{o.advantage}"
+    o.out = o.out or f"runs/{o.method}{estimator}-s{o.seed}"
+    if o.samples < 2 and o.advantage not in losses.COMPARE_BATCH:
         parser.error(f"argument --samples: takes 2 or more with --advantage {o.advantage}, which compares the samples of a group")
-    if o.samples < 2 and o.filter_groups:
-        parser.error("argument --filter-groups: takes --samples 2 or more; the rewards of a group of one are always equal")
+    if o.advantage in losses.COMPARE_BATCH and o.filter_groups:
+        parser.error(f"argument --filter-groups: not with --advantage {o.advantage}: it compares with the whole batch, to it a group with equal rewards is a signal")
     if o.samples * o.prompts < 2:
         parser.error("argument --prompts: takes 2 or more with --samples 1: the advantage compares the completions of the batch")
     if o.prompts % o.mini_batch:

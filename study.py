@@ -21,6 +21,7 @@ from statistics import fmean, stdev
 
 import data
 import eval as evaluation
+import losses
 import plot
 import rollout
 
@@ -28,14 +29,15 @@ HERE = Path(__file__).parent
 WINDOW = 20
 
 # Rows: what train.py is told. Studies: their seeds, none of which served for tuning, and their rows.
-ROWS = {
-    "grpo": "--method grpo",
-    "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
-    "clip_cov": "--method clip_cov",
-    "kl_cov": "--method kl_cov",
-}
+ROWS = (
+    {name: f"--method grpo --advantage {name}" for name in losses.ESTIMATORS}
+    | {method: f"--method {method}" for method in losses.METHODS}
+    | {"grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1"}
+)
 STUDIES = {
     "phenomenon": (range(51, 59), ["grpo", "grpo, clip 1.0", "clip_cov", "kl_cov"]),
+    "methods": (range(51, 56), list(losses.METHODS)),
+    "estimators": (range(51, 56), list(losses.ESTIMATORS)),
 }
 
 

@@ -146,8 +146,6 @@ def mini_batches(policy, groups, advantages, o):
         }  # fmt: skip
         if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
             batch["entropy1"] = score(policy.model, prompts, completions, 1.0, o)[1]
-        if policy.reference:
-            batch["ref_logp"] = score(policy.reference, prompts, completions, o.temperature, o)[0]
         yield batch
 
 
@@ -164,6 +162,8 @@ def step(policy, problems, number, o):
 
     batches = list(mini_batches(policy, kept, advantages, o))
     others = list(mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o))  # the policy's entropy is over all rollouts
+    for batch in batches if policy.reference else []:
+        batch["ref_logp"], _ = score(policy.reference, batch["prompts"], batch["completions"], o.temperature, o)
     judged = process_rewards(policy.prm, batches, o) if policy.prm and batches else {}
     lap("score")
 
@@ -184,7 +184,7 @@ def evaluate(policy, problems, samples, temperature, o):
 
     def mine(problems):
         return evaluation.evaluate(policy.sampler, policy.tokenizer, policy.eos_ids, problems, samples, temperature,
-                                   o.max_new_tokens, batch=512, seed=o.seed)["completions"] if problems else []  # fmt: skip
+                                   o.max_new_tokens, batch=min(512, o.sample_batch), seed=o.seed)["completions"] if problems else []  # fmt: skip
 
     return torch.tensor([record["rewards"] for record in share(mine, problems)])
 
@@ -233,7 +233,7 @@ def conclude(policy, held_out, first, last, started, o):
         policy.model.save_pretrained(out / "model")
         policy.tokenizer.save_pretrained(out / "model")
         plot.curves([out], out / "curves.png")
-        others = " or ".join(m for m in losses.METHODS if m != o.method)
+        others = " or ".join(m for m in ("grpo", "clip_cov", "kl_cov") if m != o.method)
         print(f"{o.method}, {last['step']} steps in {time.time() - started:.0f} s: entropy {first['entropy']:.3f} -> {last['entropy']:.3f} nats, "
               f"held-out accuracy {first['accuracy']:.1%} -> {final['accuracy']:.1%} (sampled {final['accuracy_sampled']:.1%}, "
               f"pass@{ks[-1]} {final['pass_at'][ks[-1]]:.1%}). See {out}/curves.png. Next: --method {others}, "
