@@ -9,7 +9,8 @@ import torch
 import losses
 from losses import METHODS, Tokens, aggregate, group_advantages
 
-O = SimpleNamespace(clip_low=0.2, clip_high=0.28, clip_cov_ratio=0.15, cov_low=0.1, cov_high=2.0, kl_cov_ratio=0.2, kl_cov_beta=1.5)
+O = SimpleNamespace(clip_low=0.2, clip_high=0.28, clip_cov_ratio=0.15, cov_low=0.1, cov_high=2.0, kl_cov_ratio=0.2, kl_cov_beta=1.5,
+                    entropy_coef=0.1, kl_ref_beta=0.5, entropy_fraction=0.3)  # fmt: skip
 
 
 def options(**changes):
@@ -28,7 +29,10 @@ def mini_batch(seed=0, B=6, T=7, drift=0.5, logp=None):
 
 
 def tokens(now, old, advantages, mask, seed=0):
-    return Tokens(now, old, advantages, mask, torch.zeros_like(old), torch.Generator().manual_seed(seed))
+    """Tokens whose starting policy is the one that sampled, and whose entropies are those of two choices."""
+    p = old.detach().clamp(-9, -1e-3).exp()
+    H = -(p * p.log() + (1 - p) * (1 - p).log())
+    return Tokens(now, old, advantages, mask, H.clone(), torch.Generator().manual_seed(seed), old_entropy=H, ref_logp=old)
 
 
 def push(method, batch, o=O, seed=0):
@@ -36,7 +40,7 @@ def push(method, batch, o=O, seed=0):
     now = batch[0].detach().clone().requires_grad_()
     t = tokens(now, *batch[1:], seed)
     loss = METHODS[method](t, o)
-    (g,) = torch.autograd.grad(aggregate(loss, t.mask, 1), now)
+    (g,) = torch.autograd.grad(aggregate(loss, t.kept, 1), now)
     return loss.detach(), g, t
 
 
@@ -232,8 +236,9 @@ def test_on_the_first_mini_batch_every_method_is_the_policy_gradient_except_wher
     _, old, A, mask = mini_batch()
     _, g, t = push(method, (old.clone(), old, A, mask))
     assert (t.ratio[mask] == 1).all()
-    acted = torch.zeros_like(mask) if method != "clip_cov" else t.selected
-    torch.testing.assert_close(g[mask & ~acted], -A[mask & ~acted], rtol=1e-12, atol=0)
+    free = t.kept & ~t.selected if method == "clip_cov" else t.kept  # the penalties of kl_cov and kl_ref have no gradient yet
+    torch.testing.assert_close(g[free], -A[free], rtol=1e-12, atol=0)
+    assert (g[~free] == 0).all() and free.any()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,7 +252,8 @@ def test_a_rewarded_token_becomes_likelier_and_entropy_falls_if_it_was_likely(me
     logp = torch.cat((logp, torch.full((1, 1), -1.0, dtype=torch.float64)), 1)
     A, mask = torch.tensor([[advantage, 0.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
     t = tokens(logp, logp.detach(), A, mask)
-    aggregate(METHODS[method](t, options(cov_low=50.0, cov_high=99.0)), mask, 2).backward()
+    o = options(cov_low=50.0, cov_high=99.0, entropy_fraction=1.0)  # all tokens
+    aggregate(METHODS[method](t, o), t.kept, 2).backward()
     before, after = (torch.softmax(x, -1) for x in (z.detach(), z.detach() - 0.1 * z.grad))
     assert (after[token] > before[token]) == rises
     H = lambda p: -(p * p.log()).sum()

@@ -31,7 +31,8 @@ QUIET = 3  # a row whose group had no signal
 def options(method, **changes):
     """Options of train.py under which every method acts on some tokens of `batch_of`."""
     o = train.options(["--method", method, "--out", "nowhere/at/all"])
-    chosen = dict(temperature=0.8, device="cpu", grad_clip=1e9, clip_cov_ratio=0.1, cov_low=0.05, kl_cov_ratio=0.2, clip_low=0.2, clip_high=0.2)
+    chosen = dict(temperature=0.8, device="cpu", grad_clip=1e9, clip_cov_ratio=0.1, cov_low=0.05, kl_cov_ratio=0.2, clip_low=0.2, clip_high=0.2,
+                  entropy_coef=0.3, entropy_fraction=0.6)  # fmt: skip
     return argparse.Namespace(**vars(o) | chosen | changes)
 
 
@@ -42,11 +43,13 @@ def batch_of(model, o):
     prompts, completions = [ids(p) for p, _ in LENGTHS], [ids(c) for _, c in LENGTHS]
     mask = torch.arange(9) < torch.tensor([c for _, c in LENGTHS])[:, None]
     with torch.no_grad():
-        now, _ = plain_scores(model, prompts, completions, o.temperature)
+        now, H = plain_scores(model, prompts, completions, o.temperature)
     advantages = torch.randn(len(LENGTHS), 1, generator=g).index_fill(0, torch.tensor([QUIET]), 0.0) * mask
     old_logp = (now + 0.3 * torch.randn(now.shape, generator=g)).float() * mask
     old_logp[QUIET] = now[QUIET].float()  # not moved yet, so that no method has anything to do there
-    return {"prompts": prompts, "completions": completions, "old_logp": old_logp, "advantages": advantages, "mask": mask}
+    entropy, ref_logp = H.float(), (now + 0.2 * torch.randn(now.shape, generator=g)).float() * mask
+    return {"prompts": prompts, "completions": completions, "old_logp": old_logp, "advantages": advantages, "mask": mask,
+            "entropy": entropy, "ref_logp": ref_logp}  # fmt: skip
 
 
 def plain_scores(model, prompts, completions, temperature):
@@ -62,8 +65,9 @@ def plain_scores(model, prompts, completions, temperature):
 def plain_gradient(model, batch, o):
     """Autograd through the whole loss in one piece, and what the method selected."""
     logp, H = plain_scores(model, batch["prompts"], batch["completions"], o.temperature)
-    t = losses.Tokens(logp, batch["old_logp"], batch["advantages"], batch["mask"], H, torch.Generator().manual_seed(1))
-    loss = losses.METHODS[o.method](t, o)[batch["mask"]].sum() / sum(c for _, c in LENGTHS)
+    t = losses.Tokens(logp, batch["old_logp"], batch["advantages"], batch["mask"], H, torch.Generator().manual_seed(1),
+                      old_entropy=batch["entropy"], ref_logp=batch["ref_logp"])  # fmt: skip
+    loss = losses.METHODS[o.method](t, o)[t.kept].mean()
     return torch.autograd.grad(loss, list(model.parameters())), t, loss
 
 
@@ -116,7 +120,8 @@ def test_gradients_and_selection_are_the_same_for_any_size_of_micro_batch(model,
     assert split_log == pytest.approx(log, rel=1e-12)
     for name in ("selected", "clipped"):
         if getattr(t, name) is not None:
-            assert getattr(t, name).any() and torch.equal(getattr(t, name), getattr(split_t, name))
+            assert getattr(t, name).any() or method == "low_entropy"
+            assert torch.equal(getattr(t, name), getattr(split_t, name))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -178,7 +183,7 @@ def test_a_row_without_gradient_is_left_out_and_the_step_is_the_same_as_with_it(
     want, _, _ = plain_gradient(model, batch, o)  # of all rows
     seen = seen_with_gradient(monkeypatch)
     gradients, *_ = update(model, batch, o)
-    if method in ("grpo", "clip_cov"):  # the others may act on a row whose advantages are 0
+    if method in ("grpo", "clip_higher", "clip_cov", "high_entropy", "low_entropy"):  # the others may act on a row whose advantages are 0
         assert batch["prompts"][QUIET] not in seen and len(seen) < len(LENGTHS)
     assert distance(gradients, want) < 1e-6
 
@@ -226,7 +231,9 @@ def test_alone_a_process_does_everything_in_order():
         assert whole == [(f"item {i}", 10 * i) for i in range(n)] and len(done) == n
 
 
-RUNS = {method: ["--method", method] for method in METHODS} | {  # a run of few items leaves processes without any
+RUNS = {method: ["--method", method] for method in ("grpo", "clip_cov", "kl_cov")} | {
+    # with the starting policy, the process reward model and further rounds of sampling; with too few items for all processes
+    "all": ["--method", "kl_ref", "--advantage", "prime", "--filter-groups"],
     "few": ["--method", "kl_cov", "--prompts", "1", "--mini-batch", "1", "--samples", "2", "--eval-limit", "1"]
 }
 SHORT = ("--steps 2 --seed 3 --prompts 8 --mini-batch 4 --samples 4 --eval-limit 9 --final-samples 2 --eval-every 1 --device cpu"
@@ -307,8 +314,8 @@ def test_a_run_of_two_processes_has_the_metrics_and_the_policy_of_a_run_of_one(w
 
 
 def test_only_one_of_two_processes_speaks(work_of_two):
-    for method in METHODS:
-        assert work_of_two[2].count(f"{method}, 2 steps in") == 1 + (method == "kl_cov")  # and the run of few items
+    for method, runs in {"grpo": 1, "clip_cov": 1, "kl_cov": 2, "kl_ref": 1}.items():
+        assert work_of_two[2].count(f"{method}, 2 steps in") == runs
 
 
 if __name__ == "__main__":  # under torchrun
