@@ -199,7 +199,8 @@ def load(o):
     held_out = data.load_problems(o.eval_data, **fields(o.eval_data), limit=o.eval_limit, benchmark=True)
     train, overlap = data.drop_overlap(train, held_out)
     source = str(Path(o.out) / "checkpoint") if o.resume else o.model
-    if not Path(source).is_dir():
+    compares = bool(losses.NEED_REFERENCE & {o.method, o.advantage})  # with the starting policy, also when it is resumed
+    if not all(Path(name).is_dir() for name in [source] + [o.model] * compares):
         data.hub_reachable()  # without a network, only the hub's cache is asked, and at once
     model, tokenizer, eos_ids = rollout.load_policy(source, o.device)
     window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
@@ -215,7 +216,7 @@ def load(o):
               f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
     policy = argparse.Namespace(
         model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
-        reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if losses.NEED_REFERENCE & {o.method, o.advantage} else None,
+        reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
         prm=process_model(o) if o.advantage == "prime" else None, rounds=0,
     )  # fmt: skip
     return policy, problems, held_out
