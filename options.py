@@ -63,7 +63,7 @@ OPTIONS = {
     "run": [
         ("--steps", positive(int), 200, "rollout batches (default 200)"),
         ("--seed", int, 0, "seed of data order, sampling and selection (default 0)"),
-        ("--out", str, None, "run directory (default runs/METHOD-sSEED, runs/METHOD-ADVANTAGE-sSEED for other estimators than grpo)"),
+        ("--out", str, None, "run directory (default runs/METHOD-sSEED, with another --advantage than grpo runs/METHOD-ADVANTAGE-sSEED)"),
         ("--save-every", positive(int), 20, "steps between checkpoints (default 20)"),
     ],
     "rollout": [
@@ -71,7 +71,7 @@ OPTIONS = {
         ("--samples", positive(int), 8, "completions of each, its group (default 8, as published)"),
         ("--temperature", positive(float), 1.0, "of sampling and of the log-probs alike (default 1, as published)"),
         ("--max-prompt-tokens", positive(int), 2048, "longer prompts are dropped (default 2048, as published)"),
-        ("--sample-batch", positive(int), 4096, "completions that a process samples at a time, for memory (default 4096); changes results by rounding alone"),
+        ("--sample-batch", positive(int), 4096, "completions sampled at a time by each process (default 4096); changes results by rounding alone"),
         ("--max-new-tokens", positive(int), 40, "longest completion (default 40, for the embedded task; published 8192)"),
     ],
     "update": [
@@ -89,7 +89,8 @@ OPTIONS = {
         ("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)"),
         ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty (default 0.01, for small batches; published 2e-3 for 7B)"),
         ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty (default 3, for the embedded task; published 1)"),
-        ("--entropy-coef", positive(float), 0.005, "entropy_bonus: weight of a nat of entropy (default 0.005, of those tried in arXiv 2505.22617 the one that held the entropy)"),
+        ("--entropy-coef", positive(float), 0.005, "entropy_bonus: weight of a nat of entropy "
+         "(default 0.005, of those tried in arXiv 2505.22617 the one that held the entropy)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL to the starting policy (default 0.04, that of arXiv 2402.03300)"),
         ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of the tokens of a mini-batch that is trained on "
          "(default 0.2 for high_entropy, 0.8 for low_entropy, as published in arXiv 2506.01939)"),
@@ -116,8 +117,8 @@ def command_line():
     parser.add_argument("--advantage", choices=losses.ESTIMATORS, default="grpo", help="estimator of the advantage (default grpo)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: a GPU if there is one")  # fmt: skip
-    parser.add_argument("--filter-groups", action="store_true",
-                        help="drop groups whose rewards are all equal and sample more problems until the batch is full, in at most 10 rounds a step")
+    parser.add_argument("--filter-groups", action="store_true", help="drop groups whose rewards are all equal and sample more problems "
+                        "until the batch is full, in at most 10 rounds a step (published; arXiv 2503.14476)")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     for heading, rows in OPTIONS.items():
@@ -142,7 +143,8 @@ def options(argv=None):
     if o.samples < 2 and o.advantage not in losses.COMPARE_BATCH:
         parser.error(f"argument --samples: takes 2 or more with --advantage {o.advantage}, which compares the samples of a group")
     if o.advantage in losses.COMPARE_BATCH and o.filter_groups:
-        parser.error(f"argument --filter-groups: not with --advantage {o.advantage}: it compares with the whole batch, to it a group with equal rewards is a signal")
+        parser.error(f"argument --filter-groups: not with --advantage {o.advantage}: it compares with the whole batch, "
+                     "to it a group with equal rewards is a signal")  # fmt: skip
     if o.samples * o.prompts < 2:
         parser.error("argument --prompts: takes 2 or more with --samples 1: the advantage compares the completions of the batch")
     if o.prompts % o.mini_batch:

@@ -31,7 +31,8 @@ from parallel import backward, score
 def process_model(o):
     """phi as the reference policy, loaded from --model, and its optimizer."""
     model = rollout.load_policy(o.model, o.device)[0]
-    return argparse.Namespace(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=o.prm_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.prm_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return argparse.Namespace(model=model, optimizer=optimizer)
 
 
 def token_rewards(phi_logp, ref_logp, mask, beta):
