@@ -13,6 +13,7 @@ All randomness follows from (seed, step, purpose), and so does the place in the 
 Only rank 0 reads and writes the logs; with several nodes, --out is a folder that all of them see.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ import plot
 from parallel import world
 
 KEPT = 2  # checkpoints
+HELD = []  # the handle of the run directory's lock
 FREE = {  # options in which a run that goes on may differ: they change no line of metrics.jsonl (by more than rounding), or only its end
     "resume", "overwrite", "out", "steps", "save_every", "max_hours", "stop_when_entropy", "micro_batch", "shard_optimizer", "final_samples",
 }  # fmt: skip
@@ -62,11 +64,33 @@ def sync(path):
     os.close(handle)
 
 
+def take(out):
+    """Keeps other processes out of a run directory until `release`, or the end of this process. Raises RunError if one is at work there
+    (torchrun's processes, for one, outlive a torchrun that was killed)."""
+    if HELD:
+        return
+    HELD.append(os.open(out / "metrics.jsonl", os.O_RDWR | os.O_CREAT))  # by this file a directory is known to be a run's
+    try:
+        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        release()
+        raise RunError(f"--out: another process is at work in {out}") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def release():
+    """Lets others in."""
+    while HELD:
+        os.close(HELD.pop())
+
+
 def begin(config):
     """An empty run directory. config.json leaves first and comes last: where it is missing, nothing has been done yet."""
     out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").write_text("")  # by this a directory is known to be a run's
+    take(out)
+    (out / "metrics.jsonl").write_text("")
     (out / "config.json").unlink(missing_ok=True)
     for path in out.iterdir():
         if path.name != "metrics.jsonl":
@@ -145,6 +169,8 @@ def find(o):
     Raises RunError if no checkpoint is whole, a log lacks steps, or options would change the run. Writes nothing.
     """
     out = Path(o.out)
+    if (out / "metrics.jsonl").exists():
+        take(out)
     if not o.resume or not (out / "config.json").exists():
         return None, []
     refuse_changes(out, o)

@@ -283,8 +283,8 @@ def plan(o, problems):
         try:
             if not pathlib.Path(model).is_dir():
                 data.hub_reachable()
-            config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        except Exception as error:  # a damaged file makes the library raise anything
             raise data.DataError(f"--model {model}: no checkpoint folder or hub id that loads: {data.one_line(error)}") from None
         window = rollout.context(config)
         max_new_tokens = o.max_new_tokens or min(8192, 3 * window // 4)

@@ -9,7 +9,6 @@ model is loaded.
 """
 
 import argparse
-import errno
 import math
 import os
 import sys
@@ -134,8 +133,9 @@ def options(argv=None):
     parser = command_line()
     try:
         o = parser.parse_args(argv)
-    except RecursionError:
-        parser.error("argument @FILE: a file of options that names itself")
+    except (RecursionError, UnicodeDecodeError) as error:
+        files = " ".join(word for word in argv or sys.argv[1:] if word.startswith("@"))
+        parser.error(f"{files}: a file of options that {'names itself' if isinstance(error, RecursionError) else 'is not UTF-8'}")
     clip = 1.0 if o.method == "clip_cov" else 0.2
     o.clip_low, o.clip_high = o.clip_low or clip, o.clip_high or clip
     o.out = o.out or f"runs/{o.method}-s{o.seed}"
@@ -169,8 +169,8 @@ def check_out(o):
         raise ValueError("holds no run for --resume")
     elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):  # what is no run is never deleted
         raise ValueError("exists and holds no run; take another directory")
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
+        raise ValueError(f"{there} is no directory")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"no permission to write in {there}")
+        raise ValueError(f"no permission to write in {there}")

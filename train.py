@@ -29,7 +29,7 @@ import eval as evaluation
 import losses
 import reward
 import rollout
-from checkpoint import begin, conclude, describe, find, go_on, restore, save
+from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
 from options import options
 from parallel import adamw, backward, gather, leader, score, share, together, world
 from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
@@ -210,6 +210,8 @@ def load(o, source):
     if room <= 0:
         raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {rollout.context(model.config)} positions of the model")
     encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, room))
+    if train and not any(encoded):
+        raise rollout.PolicyError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
     problems = [(ids, answer) for ids, (_, answer) in zip(encoded, train) if ids]
     if not problems:
         raise data.DataError(f"--data {o.data}: no prompt is left to train on ({overlap} dropped as held-out)")
@@ -290,6 +292,7 @@ def main():
     try:
         sys.exit(ending(train, o))
     finally:
+        release()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -96,9 +96,8 @@ def remarks(metrics, first, said, o):
 
 def batch_of_one_kind(metrics, o):
     """What all completions of a batch have in common, in words."""
-    if metrics["truncated"] == 1:
-        return f": all completions were cut off at --max-new-tokens {o.max_new_tokens}"
-    return {0.0: ": all answers were wrong", 1.0: ": all answers were right"}.get(metrics["reward"], "")
+    rewards = {0.0: ": all answers were wrong", 1.0: ": all answers were right"}.get(metrics["reward"], "")
+    return rewards + f": all completions were cut off at --max-new-tokens {o.max_new_tokens}" * (metrics["truncated"] == 1)
 
 
 def plain(value):
@@ -126,14 +125,12 @@ def ending(run, o):
         status, line = 1, f"{error}; {whole}"
     except Broken as error:
         status, line = 1, str(error)
-    except (torch.OutOfMemoryError, MemoryError):
-        status, line = 1, f"{sizes(o)}; {whole}"
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        status, line = 1, f"{sizes(o)}; {whole}"
+        sys.exit(print(f"train.py: error: {sizes(o)}; {whole}", file=sys.stderr) or 1)  # of this process alone
     except KeyboardInterrupt:
         status, line = 130, f"stopped at once; {whole}"
-    if world()[0] == 0 or status == 1:
+    if world()[0] == 0:
         print(f"train.py: error: {line}", file=sys.stderr)
     return status
