@@ -195,14 +195,14 @@ def evaluate(policy, problems, samples, temperature, o):
 # ---------------------------------------------------------------- a run
 
 
-def load(o, source):
-    """Policy (from folder or hub id `source`), problems and what config.json says. All that can be wrong with them is found
-    here, before the run directory is touched."""
+def load(o, checkpoint=None):
+    """Policy and problems. All that can be wrong with them is found here, before the run directory is touched."""
     fields = lambda name: {} if name in data.KNOWN else {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
     train = data.load_problems(o.data, **fields(o.data))
     held_out = data.load_problems(o.eval_data, **fields(o.eval_data), limit=o.eval_limit, benchmark=True)
     config = describe(o, train, held_out)
     train, overlap = data.drop_overlap(train, held_out)
+    source = str(checkpoint or o.model)
     if not Path(source).is_dir():
         data.hub_reachable()  # without a network, only the hub's cache is asked, and at once
     model, tokenizer, eos_ids = rollout.load_policy(source, o.device)
@@ -220,9 +220,10 @@ def load(o, source):
     if world()[0] == 0:
         print(f"{o.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {o.device}, {len(problems):,} problems"
               f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
-    policy = argparse.Namespace(model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer, bad_updates=0)
+    policy = argparse.Namespace(model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
+                                config=config, bad_updates=0)  # fmt: skip
     policy.kept = {"optimizer": optimizer}  # what checkpoints hold beside the model: name -> whatever has a state_dict
-    return policy, problems, held_out, config
+    return policy, problems, held_out
 
 
 def loop(policy, problems, held_out, lines, started, o):
@@ -268,8 +269,8 @@ def train(o):
     """A run, from its beginning or its last checkpoint. Returns the exit status."""
     started = time.time()
     checkpoint, lines = leader(find, o)
-    policy, problems, held_out, config = together(load, o, str(checkpoint or o.model))
-    leader(go_on, config, len(lines)) if checkpoint else leader(begin, config)
+    policy, problems, held_out = together(load, o, checkpoint)
+    leader(go_on, policy.config, len(lines)) if checkpoint else leader(begin, policy.config)
     if checkpoint:
         restore(policy, checkpoint)
     first, last, interrupted = loop(policy, problems, held_out, lines, started, o)

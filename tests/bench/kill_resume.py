@@ -21,7 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHORT = ("--prompts 4 --mini-batch 2 --samples 4 --eval-limit 8 --eval-every 3 --save-every 2 --final-samples 2 --seed 5 --device cpu"
-         " --lr 1e-3 --cov-low 0.05 --kl-cov-ratio 0.1 --clip-cov-ratio 0.1").split()  # fmt: skip
+         " --lr 2e-4 --cov-low 0.05 --kl-cov-ratio 0.1 --clip-cov-ratio 0.1").split()  # fmt: skip
 
 
 def start(o, out, *more):
