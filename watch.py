@@ -104,6 +104,8 @@ def plain(value):
     """The value with None for every number that is not finite, for JSON."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
