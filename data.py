@@ -297,13 +297,14 @@ def one_line(error):
 # 3. What training and evaluation do with problems.
 
 
-def encode_prompts(tokenizer, prompts, max_tokens):
-    """Token ids of each prompt in the tokenizer's chat template; None where they are more than `max_tokens`."""
-    if not tokenizer.chat_template:
-        raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, so a prompt cannot be put to this model")
+def encode_prompts(tokenizer, prompts, max_tokens, refuse=True):
+    """Token ids of each prompt in the tokenizer's chat template; None where they are more than `max_tokens`: an error if all are, and `refuse`."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
-    if prompts and all(len(ids) > max_tokens for ids in encoded):
+    try:
+        encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) if chats else []
+    except Exception as error:  # a template is a program of the checkpoint's, run in a sandbox; it may fail in any way
+        raise DataError(f"{tokenizer.name_or_path}: no chat template that puts a prompt to this model: {one_line(error)}") from None
+    if refuse and prompts and all(len(ids) > max_tokens for ids in encoded):
         first = f"{min(map(len, encoded))}; the first prompt begins {prompts[0]:.40}".splitlines()[0]
         raise DataError(f"all {len(prompts)} prompts are longer than {max_tokens} tokens: the shortest has {first}")
     return [ids if len(ids) <= max_tokens else None for ids in encoded]

@@ -10,6 +10,7 @@ model is loaded.
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def positive(kind):
 
     def check(text):
         value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < (math.inf if kind is float else 2**53):
             raise argparse.ArgumentTypeError(f"takes a number above 0, got {text}")
         return value
 
@@ -64,7 +65,9 @@ OPTIONS = {
         ("--steps", positive(int), 200, "rollout batches (default 200)"),
         ("--seed", int, 0, "seed of data order, sampling and selection (default 0)"),
         ("--out", str, None, "run directory (default runs/METHOD-sSEED, with another --advantage than grpo runs/METHOD-ADVANTAGE-sSEED)"),
-        ("--save-every", positive(int), 20, "steps between checkpoints (default 20)"),
+        ("--save-every", positive(int), 20, "steps between checkpoints, of which the last two are kept (default 20)"),
+        ("--max-hours", positive(float), None, "hours after which the run saves and stops, to go on with --resume (default: none)"),
+        ("--stop-when-entropy", positive(float), None, "policy entropy, nats per token, below which the run is over (default: none)"),
     ],
     "rollout": [
         ("--prompts", positive(int), 64, "problems a step (default 64; published 256)"),
@@ -107,12 +110,19 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def refuse(message):
+    """One line on standard error, from one process, and exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def command_line():
     """The parser."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, fromfile_prefix_chars="@",
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, fromfile_prefix_chars="@", allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    parser.error = lambda message: sys.exit(print(f"train.py: error: {message}", file=sys.stderr) or 2)
+    parser.error = refuse
     parser.add_argument("--method", choices=losses.METHODS, required=True, help="what is optimised: see losses.py")
     parser.add_argument("--advantage", choices=losses.ESTIMATORS, default="grpo", help="estimator of the advantage (default grpo)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
@@ -121,6 +131,8 @@ def command_line():
                         "until the batch is full, in at most 10 rounds a step (published; arXiv 2503.14476)")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
+    parser.add_argument("--shard-optimizer", action="store_true",
+                        help="with several processes: each keeps its share of the moments of AdamW only, to save memory; changes no result")  # fmt: skip
     for heading, rows in OPTIONS.items():
         group = parser.add_argument_group(heading)
         for name, kind, default, text in rows:
@@ -131,7 +143,11 @@ def command_line():
 def options(argv=None):
     """The options as used, with the defaults that depend on the method, and what each may not be beside the others."""
     parser = command_line()
-    o = parser.parse_args(argv)
+    try:
+        o = parser.parse_args(argv)
+    except (RecursionError, UnicodeDecodeError) as error:
+        files = " ".join(word for word in argv or sys.argv[1:] if word.startswith("@"))
+        parser.error(f"{files}: a file of options that {'names itself' if isinstance(error, RecursionError) else 'is not UTF-8'}")
     low, high = {"clip_higher": (0.2, 0.28), "clip_cov": (1.0, 1.0)}.get(o.method, (0.2, 0.2))
     o.clip_low, o.clip_high = o.clip_low or low, o.clip_high or high
     if o.entropy_fraction == 0:
@@ -156,11 +172,27 @@ def options(argv=None):
         parser.error("argument --device: there is no GPU that PyTorch can use; take cpu")
     if o.cov_low >= o.cov_high:
         parser.error(f"argument --cov-low: takes a number below --cov-high {o.cov_high:g}, got {o.cov_low:g}")
-    if (Path(o.out) / "metrics.jsonl").exists():
-        if not (o.resume or o.overwrite):
-            parser.error(f"argument --out: {o.out} already holds a run; take --resume, --overwrite or another directory")
-    elif Path(o.out).is_file() or Path(o.out).is_dir() and any(Path(o.out).iterdir()):  # what is no run is never deleted
-        parser.error(f"argument --out: {o.out} exists and holds no run; take another directory")
-    if o.resume and not (Path(o.out) / "checkpoint").is_dir():
-        parser.error(f"argument --resume: {o.out} holds no checkpoint")
+    if o.resume and o.overwrite:
+        parser.error("argument --resume: goes on with the run that --overwrite would remove; take one of them")
+    try:
+        check_out(o)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --out: {getattr(error, 'strerror', None) or error}: {o.out[:200]!r}")
     return o
+
+
+def check_out(o):
+    """That --out can be a run directory, and is one if there is something to resume. Raises ValueError or OSError if not."""
+    out = Path(o.out)
+    if os.path.lexists(out / "metrics.jsonl"):
+        if not (o.resume or o.overwrite):
+            raise ValueError("already holds a run; take --resume, --overwrite or another directory")
+    elif o.resume:
+        raise ValueError("holds no run for --resume")
+    elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):  # what is no run is never deleted
+        raise ValueError("exists and holds no run; take another directory")
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"no permission to write in {there}")

@@ -18,6 +18,7 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import entropy as entropies
 
@@ -25,6 +26,32 @@ import entropy as entropies
 def world():
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...], alike on all processes."""
+    if world()[1] == 1:
+        return [value]
+    values = [None] * world()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(function, *arguments):
+    """function(*arguments). Its OSError or ValueError in one process is raised in all: none waits for one that has gone."""
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except (OSError, ValueError) as failure:
+        error = failure
+    for failure in filter(None, gather(error)):
+        raise failure
+    return result
+
+
+def leader(function, *arguments):
+    """What function(*arguments) returns or raises in rank 0, the only one to call it, in all processes."""
+    return gather(together(lambda: function(*arguments) if world()[0] == 0 else None))[0]
 
 
 def share(function, *lists):
@@ -36,9 +63,8 @@ def share(function, *lists):
     mine = function(*(items[rank::n] for items in lists))
     if n == 1:
         return mine
-    parts, whole = [None] * n, [None] * len(lists[0])
-    dist.all_gather_object(parts, mine)
-    for r, part in enumerate(parts):
+    whole = [None] * len(lists[0])
+    for r, part in enumerate(gather(mine)):
         whole[r::n] = part
     return whole
 
@@ -50,6 +76,14 @@ def sum_gradients(model):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if dist.is_initialized():
                 dist.all_reduce(p.grad)
+
+
+def adamw(model, o):
+    """AdamW. With --shard-optimizer each process keeps the moments of its share of the parameters only (ZeRO-1, arXiv 1910.02054)."""
+    settings = dict(lr=o.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if o.shard_optimizer and world()[1] > 1:
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(model.parameters(), **settings)
 
 
 def micro_batches(prompts, completions, tokens):

@@ -40,7 +40,7 @@ PANELS = {  # key in metrics.jsonl: title and label of the axis
     "covariance": ("Covariance", "of log-prob and advantage, nats")}  # fmt: skip
 IMMATERIAL = {  # options in which seeds of one experiment may differ
     "seed", "out", "steps", "resume", "overwrite", "device", "processes", "versions", "commit", "micro_batch", "save_every",
-    "eval_every", "final_samples"}  # fmt: skip
+    "eval_every", "final_samples", "max_hours", "stop_when_entropy", "shard_optimizer", "content"}  # fmt: skip
 STYLE = {
     "font.size": 18, "axes.titlesize": 22, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#DDDDDD", "legend.frameon": False}  # fmt: skip

@@ -16,11 +16,11 @@ generation_config lists; that token is part of the completion, for stopping is a
     python rollout.py      samples from the embedded policy
 """
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
@@ -37,13 +37,23 @@ class PolicyError(ValueError):
 def load_policy(name, device="cpu", dtype=torch.float32):
     """Model (in eval mode: no dropout), tokenizer and the set of end-of-sequence ids of a folder or hub id.
 
-    Raises PolicyError if there is no such checkpoint, no chat template, no end-of-sequence id, or a sliding window.
+    Only safetensors are read, and no code that comes with a checkpoint is run.
+    Raises PolicyError if there is no such checkpoint, if its weights are not those of its architecture, if it has no chat template,
+    no end-of-sequence id, fewer embeddings than its tokenizer has tokens, or a sliding window.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise PolicyError(f"--model {name}: not a checkpoint folder or hub id that loads: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
+                                                             trust_remote_code=False, output_loading_info=True)  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged file of a checkpoint makes the libraries raise anything
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PolicyError(f"--model {name}: not a checkpoint folder or hub id that loads: {what}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise PolicyError(f"--model {name}: not the weights of a {type(model).__name__}: {missing[0]} and {len(missing) - 1} others are missing")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise PolicyError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its model {model.get_input_embeddings().num_embeddings}")
     if tokenizer.chat_template is None:
         raise PolicyError(f"--model {name}: its tokenizer has no chat template; take an instruct checkpoint or add one")
     eos = model.generation_config.eos_token_id  # Qwen lists two; the tokenizer knows only one
@@ -54,6 +64,11 @@ def load_policy(name, device="cpu", dtype=torch.float32):
     if "sliding_attention" in layers if layers else getattr(model.config, "sliding_window", None):
         raise PolicyError(f"--model {name}: it attends through a sliding window, which the sampler's cache does not do; take another model")
     return model.to(device).eval(), tokenizer, set(eos if isinstance(eos, list) else [eos])
+
+
+def context(config):
+    """The most tokens that prompt and completion may have together."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 class RowCache(Cache):

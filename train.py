@@ -14,8 +14,8 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,14 +27,14 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import losses
-import plot
 import reward
 import rollout
-from checkpoint import describe, restore, save
+from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
 from metrics import sample_lines, stopwatch, summary
 from options import options
-from parallel import backward, score, share, world
+from parallel import adamw, backward, gather, leader, score, share, together, world
 from prime import process_model, process_rewards
+from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
 
 ROUNDS = 10  # of sampling in a step at most, with --filter-groups: as published in arXiv 2505.22617
 
@@ -55,7 +55,7 @@ def refresh(sampler, model):
 def update(policy, batch, generator, first, o):
     """One mini-batch: covariance -> selection -> loss -> update. Returns its Tokens and what is logged, as sums and counts."""
     logp, entropy = score(policy.model, batch["prompts"], batch["completions"], o.temperature, o)
-    if first and not torch.equal(logp, batch["old_logp"]):
+    if first and not torch.equal(logp.nan_to_num(), batch["old_logp"].nan_to_num()):  # a policy of NaN is another matter: skipped below
         raise RuntimeError("the first ratio is not exactly 1: old and new log-probs come from different computations")
     t = losses.Tokens(logp.requires_grad_(), batch["old_logp"], batch["advantages"], batch["mask"], entropy.requires_grad_(), generator,
                       old_entropy=batch["entropy"], ref_logp=batch.get("ref_logp"))  # fmt: skip
@@ -172,6 +172,7 @@ def step(policy, problems, number, o):
         t, log = update(policy, batches[n % len(batches)], generator(o, f"{number}.{n}", "select"), n == 0, o)
         logs.append(log)
         shown = shown or t
+        count_bad(policy, log, number, o)
     lap("update")
 
     metrics = {"step": number} | summary(policy, batches, others, logs, o) | judged | {"seconds": seconds}
@@ -179,103 +180,112 @@ def step(policy, problems, number, o):
 
 
 def evaluate(policy, problems, samples, temperature, o):
-    """Rewards (P, samples) on held-out problems, the work divided among the processes."""
+    """The figures of eval.summary on held-out problems, the work divided among the processes."""
     refresh(policy.sampler, policy.model)
 
     def mine(problems):
         return evaluation.evaluate(policy.sampler, policy.tokenizer, policy.eos_ids, problems, samples, temperature,
                                    o.max_new_tokens, batch=min(512, o.sample_batch), seed=o.seed)["completions"] if problems else []  # fmt: skip
 
-    return torch.tensor([record["rewards"] for record in share(mine, problems)])
+    return evaluation.summary(share(mine, problems))
 
 
 # ---------------------------------------------------------------- a run
 
 
-def load(o):
+def load(o, checkpoint=None):
     """Policy and problems. All that can be wrong with them is found here, before the run directory is touched."""
     fields = lambda name: {} if name in data.KNOWN else {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
     train = data.load_problems(o.data, **fields(o.data))
     held_out = data.load_problems(o.eval_data, **fields(o.eval_data), limit=o.eval_limit, benchmark=True)
+    config = describe(o, train, held_out)
     train, overlap = data.drop_overlap(train, held_out)
-    source = str(Path(o.out) / "checkpoint") if o.resume else o.model
+    source = str(checkpoint or o.model)
     compares = bool(losses.NEED_REFERENCE & {o.method, o.advantage})  # with the starting policy, also when it is resumed
     if not all(Path(name).is_dir() for name in [source] + [o.model] * compares):
         data.hub_reachable()  # without a network, only the hub's cache is asked, and at once
     model, tokenizer, eos_ids = rollout.load_policy(source, o.device)
-    window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    if o.max_new_tokens >= window:
-        raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {window} positions of the model")
-    encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, window - o.max_new_tokens))
+    room = rollout.context(model.config) - o.max_new_tokens
+    if room <= 0:
+        raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {rollout.context(model.config)} positions of the model")
+    encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, room))
+    if train and not any(encoded):
+        raise rollout.PolicyError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
     problems = [(ids, answer) for ids, (_, answer) in zip(encoded, train) if ids]
     if not problems:
-        raise data.DataError(f"--data {o.data}: no prompt is left to train on")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        raise data.DataError(f"--data {o.data}: no prompt is left to train on ({overlap} dropped as held-out)")
+    data.encode_prompts(tokenizer, [prompt for prompt, _ in held_out], room)  # an error if none fits
+    optimizer = adamw(model, o)
     if world()[0] == 0:
         print(f"{o.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {o.device}, {len(problems):,} problems"
               f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
     policy = argparse.Namespace(
         model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
         reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
-        prm=process_model(o) if o.advantage == "prime" else None, rounds=0,
+        prm=process_model(o) if o.advantage == "prime" else None, config=config, rounds=0, bad_updates=0,
     )  # fmt: skip
+    policy.kept = {"optimizer": optimizer}  # what checkpoints hold beside the model: name -> whatever has a state_dict
+    if policy.prm:
+        policy.kept |= {"prm": policy.prm.model, "prm_optimizer": policy.prm.optimizer}
     return policy, problems, held_out
 
 
-def conclude(policy, held_out, first, last, started, o):
-    """The final policy's accuracy and pass@k into final.json, the curves, and the line that says what happened."""
-    rewards = evaluate(policy, held_out, o.final_samples, 1.0, o)
-    final = {"accuracy": evaluate(policy, held_out, 1, 0.0, o).mean().item(), "accuracy_sampled": rewards.mean().item()}
-    ks = [2**i for i in range(o.final_samples.bit_length()) if 2**i <= o.final_samples]
-    final["pass_at"] = {k: sum(evaluation.pass_at_k(o.final_samples, int(c), k) for c in rewards.sum(1)) / len(rewards) for k in ks}
-    if world()[0] == 0:
-        out = Path(o.out)
-        (out / "final.json").write_text(json.dumps(final, indent=1))
-        policy.model.save_pretrained(out / "model")
-        policy.tokenizer.save_pretrained(out / "model")
-        plot.curves([out], out / "curves.png")
-        others = " or ".join(m for m in ("grpo", "clip_cov", "kl_cov") if m != o.method)
-        print(f"{o.method}, {last['step']} steps in {time.time() - started:.0f} s: entropy {first['entropy']:.3f} -> {last['entropy']:.3f} nats, "
-              f"held-out accuracy {first['accuracy']:.1%} -> {final['accuracy']:.1%} (sampled {final['accuracy_sampled']:.1%}, "
-              f"pass@{ks[-1]} {final['pass_at'][ks[-1]]:.1%}). See {out}/curves.png. Next: --method {others}, "
-              f"then python plot.py {out.parent}/*")  # fmt: skip
+def loop(policy, problems, held_out, lines, started, o):
+    """Steps until the last one, or until something ends the run. Returns its first and last metrics and why it was interrupted, or None."""
+    first, last, said = (lines or [None])[0], (lines or [None])[-1], set()
+    accuracy = next((line["accuracy"] for line in reversed(lines) if "accuracy" in line), math.nan)
+    interrupted, rank = None, world()[0]
+    log = lambda name: open(Path(o.out) / name if rank == 0 else os.devnull, "a")
+    with signals(rank == 0) as received, log("metrics.jsonl") as metrics_file, log("samples.jsonl") as samples_file:
+        progress = tqdm(range(len(lines) + 1, o.steps + 1), desc=o.method, initial=len(lines), total=o.steps, disable=rank > 0)
+        for number in progress:
+            if entropy_is_spent(last, o):
+                progress.write(f"entropy {last['entropy']:.3g} is below --stop-when-entropy {o.stop_when_entropy:g}: the run is over")
+                break
+            measured = {}
+            if number % o.eval_every == 1 or o.eval_every == 1 or number == o.steps:  # of the policy that enters the step
+                accuracy = evaluate(policy, held_out, 1, 0.0, o)["accuracy"]
+                measured = {"accuracy": accuracy, "accuracy_sampled": evaluate(policy, held_out, 1, 1.0, o)["accuracy"]}
+            metrics, samples = step(policy, problems_of_step(problems, policy.rounds + 1, o), number, o)
+            progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
+                                 cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
+            last = plain(metrics | measured)
+            last["seconds"]["total"] = sum(last["seconds"].values())
+            first = first or last
+
+            def record():
+                print(json.dumps(last), file=metrics_file, flush=True)
+                if measured and samples:
+                    print(*(json.dumps(plain(line)) for line in samples), sep="\n", file=samples_file, flush=True)
+                for line in remarks(last, first, said, o):
+                    progress.write(line)
+
+            leader(record)
+            interrupted = next(filter(None, gather(interruption(received, started, o))), None)
+            if number % o.save_every == 0 or number == o.steps or interrupted or entropy_is_spent(last, o):
+                together(save, policy, number, o)
+            if interrupted:
+                break
+    return first, last, interrupted
 
 
 def train(o):
-    """The loop."""
+    """A run, from its beginning or its last checkpoint. Returns the exit status."""
     started = time.time()
-    policy, problems, held_out = load(o)
-    out, leader = Path(o.out), world()[0] == 0
-    if leader and not o.resume:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        (out / "metrics.jsonl").touch()  # by this a directory is known to be a run's
-        (out / "config.json").write_text(json.dumps(describe(o), indent=1))
-    done = restore(policy, o) if o.resume else 0
-    log = (lambda name: open(out / name, "a")) if leader else (lambda name: open(os.devnull, "w"))
-    with log("metrics.jsonl") as metrics_file, log("samples.jsonl") as samples_file:
-        progress = tqdm(range(done + 1, o.steps + 1), desc=o.method, initial=done, total=o.steps, disable=not leader)
-        accuracy, first = None, None
-        for number in progress:
-            measured = {}
-            if number % o.eval_every == 1 or o.eval_every == 1 or number == o.steps:  # of the policy that enters the step
-                accuracy = evaluate(policy, held_out, 1, 0.0, o).mean().item()
-                measured = {"accuracy": accuracy, "accuracy_sampled": evaluate(policy, held_out, 1, 1.0, o).mean().item()}
-            metrics, samples = step(policy, problems_of_step(problems, policy.rounds + 1, o), number, o)
-            metrics |= measured
-            first = first or metrics
-            metrics["seconds"]["total"] = sum(metrics["seconds"].values())
-            print(json.dumps(metrics), file=metrics_file, flush=True)
-            if measured and samples:
-                print(*map(json.dumps, samples), sep="\n", file=samples_file, flush=True)
-            if not metrics["grad_norm"] and metrics["no_signal"] == 1 and leader:
-                progress.write(f"step {number}: no group had a signal (equal rewards in each), the policy was left as it was")
-            progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
-                                 cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
-            if leader and (number % o.save_every == 0 or number == o.steps):
-                save(policy, number, o)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if leader else [None]
-    conclude(policy, held_out, lines[0], lines[-1], started, o)
+    checkpoint, lines = leader(find, o)
+    policy, problems, held_out = together(load, o, checkpoint)
+    leader(go_on, policy.config, len(lines)) if checkpoint else leader(begin, policy.config)
+    if checkpoint:
+        restore(policy, checkpoint)
+    first, last, interrupted = loop(policy, problems, held_out, lines, started, o)
+    if interrupted:
+        why, status = interrupted
+        if world()[0] == 0:
+            print(f"stopped by {why} after step {last['step']}, all is saved: the same command with --resume{' for --overwrite' * o.overwrite} goes on")
+        return status
+    sampled, greedy = evaluate(policy, held_out, o.final_samples, 1.0, o), evaluate(policy, held_out, 1, 0.0, o)
+    leader(conclude, policy, greedy, sampled, first, last, time.time() - started, o)
+    return 0
 
 
 def main():
@@ -285,11 +295,9 @@ def main():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if o.device == "cuda" else "gloo")
     try:
-        train(o)
-    except (data.DataError, rollout.PolicyError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ending(train, o))
     finally:
+        release()
         if dist.is_initialized():
             dist.destroy_process_group()
 

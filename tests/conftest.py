@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import shutil
+import subprocess
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """`-m slow` runs what needs minutes; without -m, all but that."""
+    config.addinivalue_line("markers", "slow: needs minutes; .ci/run runs it too")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +105,10 @@ def _chi_square(observed, expected):
 @pytest.fixture(scope="session")
 def chi_square():
     return _chi_square
+
+
+def subprocess_of(*argv, launcher=(), **more):
+    """`python train.py ...` as a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, ROOT / "train.py", *argv]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, env=environment, **more)

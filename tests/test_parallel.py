@@ -1,6 +1,6 @@
 """What parallel.py promises: gradients, selection and metrics that no micro-batch and no number of processes changes.
 
-Two real processes (gloo) are started once, by torchrun, on this file as a program: see `work_of_two`.
+Two real processes (gloo) are started once, by torchrun, on this file as a program, and four: see `work_of_several`.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import torch
 from conftest import ROOT, _narrow
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import entropy
 import losses
 import parallel
 import plot
 import train
-from parallel import micro_batches, share
+from parallel import gather, leader, micro_batches, share, together
 
 METHODS = list(losses.METHODS)
 LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1)]  # of prompt and completion
@@ -231,10 +232,12 @@ def test_alone_a_process_does_everything_in_order():
         assert whole == [(f"item {i}", 10 * i) for i in range(n)] and len(done) == n
 
 
-RUNS = {method: ["--method", method] for method in ("grpo", "clip_cov", "kl_cov")} | {
+RUNS = {method: ["--method", method] for method in METHODS} | {
     # with the starting policy, the process reward model and further rounds of sampling; with too few items for all processes
     "all": ["--method", "kl_ref", "--advantage", "prime", "--filter-groups"],
-    "few": ["--method", "kl_cov", "--prompts", "1", "--mini-batch", "1", "--samples", "2", "--eval-limit", "1"]
+    "few": ["--method", "kl_cov", "--prompts", "1", "--mini-batch", "1", "--samples", "2", "--eval-limit", "1"],
+    "sharded": ["--method", "kl_cov", "--shard-optimizer"],
+    "odd": ["--method", "clip_cov", "--prompts", "3", "--mini-batch", "3", "--samples", "3", "--eval-data", "{folder}/every_other_too_long.jsonl"],
 }
 SHORT = ("--steps 2 --seed 3 --prompts 8 --mini-batch 4 --samples 4 --eval-limit 9 --final-samples 2 --eval-every 1 --device cpu"
          " --kl-cov-ratio 0.1 --clip-cov-ratio 0.1 --cov-low 0.1 --passes 2 --lr 1e-4").split()  # fmt: skip
@@ -242,9 +245,13 @@ SHORT = ("--steps 2 --seed 3 --prompts 8 --mini-batch 4 --samples 4 --eval-limit
 
 def work(folder):
     """All that is compared between one process and two: shares, scores, gradients, selections and whole runs."""
-    runs = [train.options([*SHORT, *argv, "--out", f"{folder}/{name}"]) for name, argv in RUNS.items()]  # before any run exists
+    argv_of = lambda name: [word.replace("{folder}", str(folder)) for word in [*SHORT, *RUNS[name], "--out", f"{folder}/{name}"]]
+    runs = [train.options(argv_of(name)) for name in RUNS]  # before any run exists
+    rows = ["\\boxed{" + "1+" * (1 + 200 * (i % 2)) for i in range(8)]
+    with open(f"{folder}/every_other_too_long.jsonl", "w") as file:
+        file.writelines(json.dumps({"problem": row, "answer": "1"}) + "\n" for row in rows)
     model = _narrow(dtype=torch.float64)
-    result = {"share": {n: shared_work(n) for n in COUNTS}}
+    result = {"share": {n: shared_work(n) for n in COUNTS}, "gather": gather(parallel.world()[0]), "errors": errors(), "leader": leader(parallel.world)}
     for method in METHODS:
         o = options(method, micro_batch=45)
         gradients, t, log, after = update(model, batch_of(model, o), o)
@@ -253,8 +260,29 @@ def work(folder):
         patch.setitem(data.EMBEDDED, "arithmetic", ("train", 64))
         patch.setattr(plot, "curves", lambda *_: None)
         for o in runs:
-            train.train(o)
+            assert train.train(o) == 0
+            checkpoint.release()
+        o = train.options([*argv_of("sharded"), "--resume", "--steps", "3"])
+        o.shard_optimizer = parallel.world()[1] == 1  # the checkpoint of a sharded optimizer is that of a whole one, and the reverse
+        assert train.train(o) == 0
+        checkpoint.release()
     return result
+
+
+def errors():
+    """What every process learns of an error in the last one, and in the first."""
+    learnt, (rank, n) = [], parallel.world()
+
+    def fail(guilty, error):
+        if rank == guilty:
+            raise error
+
+    for guilty, error in ((n - 1, OSError(28, "no space")), (0, data.DataError("no problems"))):
+        try:
+            together(fail, guilty, error)
+        except (OSError, ValueError) as failure:
+            learnt.append((type(failure).__name__, str(failure)))
+    return learnt
 
 
 @pytest.fixture(scope="module")
@@ -263,33 +291,42 @@ def work_of_one(tmp_path_factory):
     return folder, work(folder)
 
 
-@pytest.fixture(scope="module")
-def work_of_two(tmp_path_factory):
-    """The results of both processes, and what they printed."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, folder]
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def work_of_several(request, tmp_path_factory):
+    """The results of all processes, and what they printed."""
+    n = request.param
+    folder = tmp_path_factory.mktemp("several")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__, folder]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)], done.stdout
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)], done.stdout
 
 
-def test_two_processes_divide_the_work_and_both_get_the_whole_in_order(work_of_one, work_of_two):
+def test_processes_divide_the_work_and_all_get_the_whole_in_order(work_of_one, work_of_several):
     for n in COUNTS:
-        (whole, _), *parts = work_of_one[1]["share"][n], *(result["share"][n] for result in work_of_two[1])
+        (whole, _), *parts = work_of_one[1]["share"][n], *(result["share"][n] for result in work_of_several[1])
         assert all(part == whole for part, _ in parts)
         assert sorted(name for _, done in parts for name in done) == sorted(f"item {i}" for i in range(n))
-        assert max(len(done) for _, done in parts) <= n / 2 + 0.5
+        assert max(len(done) for _, done in parts) <= -(-n // len(parts))
+
+
+def test_all_processes_learn_what_each_one_has_and_of_an_error_in_one(work_of_one, work_of_several):
+    results = work_of_several[1]
+    for result in results:
+        assert result["gather"] == list(range(len(results))) and result["leader"] == (0, len(results))
+        assert result["errors"] == work_of_one[1]["errors"] == [("OSError", "[Errno 28] no space"), ("DataError", "no problems")]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_select_the_same_tokens_and_take_the_same_step_as_one(work_of_one, work_of_two, method):
-    one, two = work_of_one[1][method], [result[method] for result in work_of_two[1]]
-    for mine in two:
+def test_several_processes_select_the_same_tokens_and_take_the_same_step_as_one(work_of_one, work_of_several, method):
+    one, several = work_of_one[1][method], [result[method] for result in work_of_several[1]]
+    for mine in several:
         assert distance(mine["gradients"], one["gradients"]) < 1e-12
         assert torch.equal(mine["logp"], one["logp"])
         assert mine["log"] == pytest.approx(one["log"], rel=1e-12)
         assert one["selected"] is None or one["selected"].any() and torch.equal(mine["selected"], one["selected"])
-    assert all(torch.equal(a, b) for a, b in zip(two[0]["after"], two[1]["after"]))  # or the copies would drift apart
+    for other in several[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(several[0]["after"], other["after"]))  # or the copies would drift apart
 
 
 def lines(run):
@@ -297,25 +334,37 @@ def lines(run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_of_two_processes_has_the_metrics_and_the_policy_of_a_run_of_one(work_of_one, work_of_two, run):
-    one, two = (folder / run for folder in (work_of_one[0], work_of_two[0]))
-    assert [line["step"] for line in lines(two)] == [1, 2]  # one line for each step, not one for each process
-    for a, b in zip(lines(one), lines(two)):
+def test_a_run_of_several_processes_has_the_metrics_and_the_policy_of_a_run_of_one(work_of_one, work_of_several, run):
+    one, several = (folder / run for folder in (work_of_one[0], work_of_several[0]))
+    assert [line["step"] for line in lines(several)] == ([1, 2, 3] if run == "sharded" else [1, 2])  # one line for each step, not one for each process
+    for a, b in zip(lines(one), lines(several)):
         a.pop("seconds"), b.pop("seconds")
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
-    if run != "few":
+    if run not in ("few", "odd"):
         assert max(line["grad_norm"] for line in lines(one)) > 0.01 and max(line["ratio_max"] for line in lines(one)) > 1.001
-    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, two)]
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (one, several)]
     for name in (name for name in weights[0] if "k_proj.bias" not in name):  # no gradient but rounding's, which Adam blows up
         torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-4, atol=1e-4)
-    assert [json.loads((folder / "config.json").read_text())["processes"] for folder in (one, two)] == [1, 2]
-    assert (one / "samples.jsonl").read_text().count("\n") == (two / "samples.jsonl").read_text().count("\n")
-    assert (one / "final.json").read_text() == (two / "final.json").read_text()
+    assert [json.loads((folder / "config.json").read_text())["processes"] for folder in (one, several)] == [1, len(work_of_several[1])]
+    assert (one / "samples.jsonl").read_text().count("\n") == (several / "samples.jsonl").read_text().count("\n")
+    assert (one / "final.json").read_text() == (several / "final.json").read_text()
 
 
-def test_only_one_of_two_processes_speaks(work_of_two):
-    for method, runs in {"grpo": 1, "clip_cov": 1, "kl_cov": 2, "kl_ref": 1}.items():
-        assert work_of_two[2].count(f"{method}, 2 steps in") == runs
+def test_the_first_steps_of_a_sharded_optimizer_are_those_of_a_whole_one(work_of_several):
+    folder = work_of_several[0]
+    for a, b in zip(lines(folder / "kl_cov"), lines(folder / "sharded")):
+        a.pop("seconds"), b.pop("seconds")
+        assert a == b
+    state = [torch.load(folder / run / "checkpoint" / "step-2" / "state.pt", weights_only=True)["optimizer"] for run in ("kl_cov", "sharded")]
+    assert state[0]["state"].keys() == state[1]["state"].keys()
+    for i in state[0]["state"]:
+        assert all(torch.equal(state[0]["state"][i][name], state[1]["state"][i][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_only_one_of_the_processes_speaks(work_of_several):
+    for method in METHODS:
+        others = {"kl_cov": 2, "clip_cov": 1, "kl_ref": 1}.get(method, 0)  # few and sharded, odd, all
+        assert work_of_several[2].count(f"{method}, 2 steps in") == 1 + others
 
 
 if __name__ == "__main__":  # under torchrun
