@@ -18,7 +18,6 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import entropy as entropies
 
@@ -82,6 +81,8 @@ def adamw(model, o):
     """AdamW. With --shard-optimizer each process keeps the moments of its share of the parameters only (ZeRO-1, arXiv 1910.02054)."""
     settings = dict(lr=o.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if o.shard_optimizer and world()[1] > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # it takes its time, and few need it
+
         return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **settings)
     return torch.optim.AdamW(model.parameters(), **settings)
 

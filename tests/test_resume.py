@@ -330,7 +330,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint_who
     out = copy(four, tmp_path / "run")
     size = (out / "checkpoint/step-4/model.safetensors").stat().st_size
     status, said, _ = run(out, "--method", "grpo", "--steps", 6, "--resume", file_size=size + 1000)
-    assert status == 1 and "Traceback" not in said and said.count("error:") == 1, said
+    assert status == 1 and "Traceback" not in said and said.count("train.py: error:") == 1, said
     assert "step-5.new" in said and "--resume" in said
     assert checkpoint.damage(out / "checkpoint/step-4") is None and not list((out / "checkpoint").glob("*.new"))
     assert run(out, "--method", "grpo", "--steps", 6, "--resume")[0] == 0 and len(metrics(out)) == 6
@@ -348,7 +348,7 @@ def test_a_full_file_system_likewise(four, tmp_path):
             file.write(b"x" * 2**19)
         (disk / "filler").open("ab").write(b"x" * max(0, os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 2**18))
         status, said, _ = run(out, "--method", "grpo", "--steps", 6, "--resume")
-        assert status == 1 and said.count("error:") == 1 and "Traceback" not in said and "No space left" in said, said
+        assert status == 1 and said.count("train.py: error:") == 1 and "Traceback" not in said and "No space left" in said, said
         assert checkpoint.damage(out / "checkpoint/step-4") is None
         (disk / "filler").unlink()
         assert run(out, "--method", "grpo", "--steps", 6, "--resume")[0] == 0 and len(metrics(out)) == 6
@@ -367,14 +367,14 @@ def test_whatever_the_policy_keeps_is_saved_and_restored(four, tmp_path):
     model(torch.ones(2)).sum().backward()
     optimizer.step()
 
-    policy = SimpleNamespace(kept={"judge": model, "optimizer": optimizer}, bad_updates=3)
+    policy = SimpleNamespace(kept={"judge": model, "optimizer": optimizer}, rounds=5, bad_updates=3)
     policy.model, policy.tokenizer, _ = rollout.load_policy(rollout.TINY)
     checkpoint.write_checkpoint(policy, 7, tmp_path / "step-7")
     assert checkpoint.damage(tmp_path / "step-7") is None
     other = torch.nn.Linear(2, 2)
-    fresh = SimpleNamespace(kept={"judge": other, "optimizer": torch.optim.AdamW(other.parameters(), lr=0.1)}, bad_updates=0)
+    fresh = SimpleNamespace(kept={"judge": other, "optimizer": torch.optim.AdamW(other.parameters(), lr=0.1)}, rounds=0, bad_updates=0)
     checkpoint.restore(fresh, tmp_path / "step-7")
-    assert fresh.bad_updates == 3 and all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert (fresh.rounds, fresh.bad_updates) == (5, 3) and all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     for a, b in zip(optimizer.state.values(), fresh.kept["optimizer"].state.values()):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -760,14 +760,16 @@ def real_run(qwen_checkpoint, shared, tmp_path_factory):
     argv = ["--model", qwen_checkpoint, "--data", shared / "data" / "dapo_math_17k.jsonl", "--eval-data", shared / "data" / "math500.jsonl", *REAL]
     asked, encode = [], data.encode_prompts
 
-    def spy(tokenizer, prompts, limit):
-        asked.append((prompts, encode(tokenizer, prompts, limit)))
+    def spy(tokenizer, prompts, limit, **more):
+        asked.append((prompts, encode(tokenizer, prompts, limit, **more)))
         return asked[-1][1]
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(data, "encode_prompts", spy)
         patch.setattr(sys, "argv", list(map(str, ["train.py", *argv, "--out", folder / "run"])))
-        train.main()
+        with pytest.raises(SystemExit) as end:
+            train.main()
+    assert end.value.code == 0
     return argv, folder / "run", said.getvalue(), asked[0]
 
 

@@ -146,12 +146,12 @@ def test_running_out_of_memory_names_the_options_that_lower_it_and_the_sizes_in_
     def run(o):
         raise error
 
-    o = SimpleNamespace(out="runs/x", micro_batch=16384, prompts=64, samples=8, max_new_tokens=40)
+    o = SimpleNamespace(out="runs/x", micro_batch=16384, prompts=64, samples=8, max_new_tokens=40, sample_batch=4096)
     with pytest.raises(SystemExit) as stop:
         watch.ending(run, o)
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    for words in ("--micro-batch 16384", "--prompts 64", "--samples 8", "--max-new-tokens 40", "512 completions", "--shard-optimizer", "--resume"):
+    for words in ("--micro-batch 16384", "--prompts 64", "--samples 8", "--max-new-tokens 40", "--sample-batch 4096", "--shard-optimizer", "--resume"):
         assert words in line
 
 
