@@ -295,7 +295,8 @@ def main():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if o.device == "cuda" else "gloo")
     try:
-        sys.exit(ending(train, o))
+        if status := ending(train, o):
+            sys.exit(status)
     finally:
         release()
         if dist.is_initialized():

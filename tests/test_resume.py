@@ -58,12 +58,13 @@ def run(out, *argv, at=None, send=signal.SIGKILL, file_size=None):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
             sys.argv = ["train.py", *SHORT, *map(str, argv), "--out", str(out)]
             train.main()
+            status = 0
         except SystemExit as stop:
-            print(f"events {len(seen)}")
-            status = stop.code or 0
+            status = stop.code
         except BaseException:
             traceback.print_exc()
         finally:
+            print(f"events {len(seen)}")
             os._exit(status)
     os.close(writer)
     with open(reader, errors="replace") as file:

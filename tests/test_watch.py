@@ -31,11 +31,14 @@ def main(monkeypatch, capsys, tmp_path):
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, *map(str, argv), "--out", str(tmp_path / "run")])
-        with pytest.raises(SystemExit) as stop:
+        status = 0
+        try:
             train.main()
+        except SystemExit as stop:
+            status = stop.code
         log = (tmp_path / "run" / "metrics.jsonl").read_text()
         refuse = lambda word: pytest.fail(word)
-        return stop.value.code, *capsys.readouterr(), [json.loads(line, parse_constant=refuse) for line in log.splitlines()]
+        return status, *capsys.readouterr(), [json.loads(line, parse_constant=refuse) for line in log.splitlines()]
 
     return run
 
