@@ -37,6 +37,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(plot, "curves", lambda *_: None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def warm(tmp_path_factory):
+    """What is imported when first needed is imported here, once for all forks."""
+    rollout.load_policy(rollout.TINY)[0].save_pretrained(tmp_path_factory.mktemp("warm"))
+
+
 def run(out, *argv, at=None, send=signal.SIGKILL, file_size=None):
     """train.py in a process of its own: (exit status or minus its signal, what it said, how many events there were)."""
     reader, writer = os.pipe()
@@ -128,7 +134,7 @@ def killed_and_resumed(whole, tmp_path, method, moments):
 
 @pytest.mark.parametrize("method", losses.METHODS)
 def test_killed_at_moments_of_its_writing_a_run_goes_on_as_if_it_had_not_been(whole, tmp_path, method):
-    killed_and_resumed(whole, tmp_path, method, lambda n: [n // 3, n // 2, 4 * n // 5])
+    killed_and_resumed(whole, tmp_path, method, lambda n: [n // 3, 4 * n // 5])
 
 
 @pytest.mark.slow
@@ -140,7 +146,7 @@ def test_killed_again_while_it_goes_on(whole, tmp_path):
     reference, events = whole("kl_cov")
     out = tmp_path / "run"
     assert run(out, "--method", "kl_cov", at=events // 2)[0] == -signal.SIGKILL
-    for i in (3, 12, 30):
+    for i in (3, 30):
         assert run(out, "--method", "kl_cov", "--resume", at=i)[0] == -signal.SIGKILL
     resumed(out, "kl_cov")
     same(reference, out)
