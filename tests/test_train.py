@@ -767,9 +767,7 @@ def real_run(qwen_checkpoint, shared, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(data, "encode_prompts", spy)
         patch.setattr(sys, "argv", list(map(str, ["train.py", *argv, "--out", folder / "run"])))
-        with pytest.raises(SystemExit) as end:
-            train.main()
-    assert end.value.code == 0
+        train.main()
     return argv, folder / "run", said.getvalue(), asked[0]
 
 
