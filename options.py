@@ -109,6 +109,8 @@ def command_line():
                         help="default: a GPU if there is one")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
+    parser.add_argument("--check-theorem", action="store_true",
+                        help="measure at every update whether -Cov(log pi, change of logits) foretells the change of entropy: see theorem.py")  # fmt: skip
     for heading, rows in OPTIONS.items():
         group = parser.add_argument_group(heading)
         for name, kind, default, text in rows:

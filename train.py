@@ -31,6 +31,7 @@ import losses
 import plot
 import reward
 import rollout
+import theorem
 from checkpoint import describe, restore, save
 from options import options
 from parallel import backward, score, share, world
@@ -127,16 +128,20 @@ def step(policy, problems, number, o):
             batches[-1]["entropy1"] = score(policy.model, prompts[s], completions[s], 1.0, o)[1]
     tick()
 
-    logs, shown = [], None
+    logs, updates = [], []
     for n in range(o.passes * len(batches)):
         t, log = update(policy, batches[n % len(batches)], generator(o, f"{number}.{n}", "select"), n == 0, o)
         logs.append(log)
-        shown = shown or t
+        updates.append(t)
+        if policy.probe:
+            theorem.follow(policy, o)
     tick()
 
     metrics = {"step": number} | summary(policy, rewards, completions, batches, logs, o)
+    if policy.probe:
+        metrics |= theorem.figures(policy, updates, rewards)
     metrics["seconds"] = {k: b - a for k, a, b in zip(("sample", "reward", "score", "update"), clock, clock[1:])}
-    return metrics, sample_lines(policy, batches[0], shown, texts, rewards, number)
+    return metrics, sample_lines(policy, batches[0], updates[0], texts, rewards, number)
 
 
 def summary(policy, rewards, completions, batches, logs, o):
@@ -167,10 +172,10 @@ def summary(policy, rewards, completions, batches, logs, o):
     return metrics if o.temperature == 1 else metrics | {"entropy_sampling": token_mean("entropy")}
 
 
-def sample_lines(policy, batch, t, texts, rewards, number, count=4):
-    """The first completions of a step, token by token, with what the method saw: lines of samples.jsonl."""
-    lines = []
-    for i in range(min(count, len(batch["completions"]))):
+def sample_lines(policy, batch, t, texts, rewards, number, count=8):
+    """Some completions of a step, of different problems, token by token, with what the method saw: lines of samples.jsonl."""
+    lines, B = [], len(batch["completions"])
+    for i in range(0, B, -(-B // count)):
         row = lambda x: [float(f"{v:.4g}") for v in x[i, : len(batch["completions"][i])].tolist()]
         lines.append({
             "step": number, "prompt": policy.tokenizer.decode(batch["prompts"][i]), "completion": texts[i],
@@ -216,7 +221,7 @@ def load(o):
     if world()[0] == 0:
         print(f"{o.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {o.device}, {len(problems):,} problems"
               f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
-    policy = argparse.Namespace(model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer)
+    policy = argparse.Namespace(model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer, probe=None)
     return policy, problems, held_out
 
 
@@ -250,6 +255,8 @@ def train(o):
         (out / "metrics.jsonl").touch()  # by this a directory is known to be a run's
         (out / "config.json").write_text(json.dumps(describe(o), indent=1))
     done = restore(policy, o) if o.resume else 0
+    if o.check_theorem and leader:
+        policy.probe = theorem.open_probe(policy, held_out, o)
     log = (lambda name: open(out / name, "a")) if leader else (lambda name: open(os.devnull, "w"))
     with log("metrics.jsonl") as metrics_file, log("samples.jsonl") as samples_file:
         progress = tqdm(range(done + 1, o.steps + 1), desc=o.method, initial=done, total=o.steps, disable=not leader)
