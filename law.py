@@ -12,7 +12,7 @@ accuracy; but with 64 problems a step its noise is some .05, and caps the R^2 of
                     is linear in some f(H), so the mean of its predictions is its prediction at the mean of f(H)
     the noise       from the steps themselves: R_t - (R_{t-1} + R_{t+1}) / 2 has variance 3/2 sigma^2 where the truth is straight
                     over three steps (Gasser, Sroka and Jennen-Steinmetz 1986). `noise allows` is the R^2 that a perfect law would have
-    intervals       95%, bootstrap over blocks of --smooth consecutive steps; of several runs together, over the runs
+    intervals       95%, bootstrap: of one run over its residuals, in blocks of --smooth consecutive steps; of several over the runs
     the doubt       the same points with R linear in H, and in log H. Where H is below a third or so, exp(H) is nearly a
                     straight line, and no such data tell the first two apart: `bend` is the greatest distance, in units of the
                     range, between exp(H) and the line through its ends
@@ -77,13 +77,24 @@ def noise_allows(R, width):
     return max(0.0, 1 - noise(R) ** 2 / width / variance) if variance > 0 else None
 
 
-def bootstrap(parts, count=2000, seed=0):
-    """a and b of `count` fits of the law to resampled parts: (count, 2). parts: [(H, R), ...], blocks of a run, or whole runs."""
-    moments = torch.stack([torch.stack((torch.ones_like(x), x, R, x * x, x * R)).sum(1) for x, R in ((H.exp(), R) for H, R in parts)])
-    chosen = torch.randint(len(parts), (count, len(parts)), generator=torch.Generator().manual_seed(seed))
+def resample_steps(H, R, width, count=2000, seed=0):
+    """a and b of `count` refits of the law to one run: its fit plus residuals, drawn in blocks of consecutive steps: (count, 2)."""
+    law, n, width = fit_law(H, R), len(H), min(width, len(H))
+    fitted = law.predict(H)
+    starts = torch.randint(n - width + 1, (count, -(-n // width)), generator=torch.Generator().manual_seed(seed))
+    drawn = (starts[:, :, None] + torch.arange(width)).view(count, -1)[:, :n]
+    new, dx = fitted + (R - fitted)[drawn], H.exp() - H.exp().mean()
+    slope = new @ dx / (dx @ dx)
+    return torch.stack((-slope, new.mean(1) - slope * H.exp().mean()), 1)
+
+
+def resample_runs(runs, count=2000, seed=0):
+    """a and b of `count` fits of the law to as many runs as there are, drawn with replacement: (count, 2). runs: [(H, R), ...]."""
+    moments = torch.stack([torch.stack((torch.ones_like(x), x, R, x * x, x * R)).sum(1) for x, R in ((H.exp(), R) for H, R in runs)])
+    chosen = torch.randint(len(runs), (count, len(runs)), generator=torch.Generator().manual_seed(seed))
     n, x, R, xx, xR = moments[chosen].sum(1).T
     slope = (n * xR - x * R) / (n * xx - x * x)
-    return torch.stack((-slope, (R - slope * x) / n), 1)[slope.isfinite()]
+    return torch.stack((-slope, (R - slope * x) / n), 1)
 
 
 def interval(values):
@@ -110,7 +121,7 @@ def analyse(steps, key="reward", width=5):
     """law.json: everything that the tables say of one run."""
     H, R = points(steps, key)
     law, x = fit_law(H, R), H.exp()
-    samples = bootstrap(list(zip(H.split(width), R.split(width))))
+    samples = resample_steps(H, R, width)
     chord = x.min() + (x.max() - x.min()) * (H - H.min()) / (H.max() - H.min())
     forms = {}
     for name, f in FORMS.items():
@@ -162,7 +173,7 @@ def distances(runs, others, key="reward", width=5, bands=4):
     base = [points(steps, key) for steps in others]
     H = torch.cat([h for h, _ in base])
     law = fit_law(H, torch.cat([r for _, r in base]))
-    curves = bootstrap(base if len(base) > 1 else list(zip(*(x.split(width) for x in base[0]))))
+    curves = resample_runs(base) if len(base) > 1 else resample_steps(*base[0], width)
     edges = torch.linspace(math.log(max(H.min().item(), 1e-6)), math.log(H.max().item()), bands + 1, dtype=torch.float64).exp().flip(0)
     inside = lambda h, low, high: (h >= low * (1 - 1e-9)) & (h <= high * (1 + 1e-9))
 
@@ -205,7 +216,7 @@ def distance_table(d):
 
 
 def draw(file, shown, laws=(), width=5, key="reward"):
-    """R against H on a logarithmic axis; training goes from right to left. shown: [(label, colour, [steps, ...])].
+    """R against H on a logarithmic axis: steps pale, their means full. shown: [(label, colour, [steps, ...])].
 
     laws: [(label, colour, a, b, curves (N, 2) or None)]; the curves are drawn as their middle 95%.
     """
@@ -219,7 +230,8 @@ def draw(file, shown, laws=(), width=5, key="reward"):
         for label, colour, seeds in shown:
             for i, (h, r) in enumerate(points(steps, key) for steps in seeds):
                 H.append(h[h > 0])
-                axis.plot(blocks(h.exp(), width).log(), blocks(r, width), "o", color=colour, alpha=0.6, markersize=5, label=None if i else label)
+                axis.plot(h, r, ".", color=colour, alpha=0.25, markersize=3)
+                axis.plot(blocks(h.exp(), width).log(), blocks(r, width), "o", color=colour, alpha=0.7, markersize=5, label=None if i else label)
         grid = torch.logspace(*(math.log10(x) for x in (torch.cat(H).min(), torch.cat(H).max())), 200, dtype=torch.float64)
         for label, colour, a, b, curves in laws:
             axis.plot(grid, -a * grid.exp() + b, color=colour, linewidth=2.5, label=label)
@@ -264,9 +276,9 @@ def fit_each(read, o):
     for run, (config, steps) in read.items():
         w, colour = laws[run], plot.colours([config["method"]])[config["method"]]
         (Path(run) / "law.json").write_text(json.dumps(w, indent=1) + "\n")
-        H, R = points(steps, o.of)
-        curves = bootstrap(list(zip(H.split(o.smooth), R.split(o.smooth))))
-        draw(Path(run) / "law.png", [(run, colour, [steps])], [(f"a {w['a']:.2f}, b {w['b']:.2f}", colour, w["a"], w["b"], curves)], o.smooth, o.of)
+        curves = resample_steps(*points(steps, o.of), o.smooth)
+        label = f"a {w['a']:.2f}, b {w['b']:.2f}, R^2 {w['r2']:.2f}" if w["r2"] is not None else "R never changes"
+        draw(Path(run) / "law.png", [(Path(run).name, colour, [steps])], [(label, colour, w["a"], w["b"], curves)], o.smooth, o.of)
     print(*tables(laws), sep="\n")
 
 

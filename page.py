@@ -32,6 +32,7 @@ CURVES = [  # title, unit, logarithmic, {key in metrics.jsonl: label}
     ("Covariance", "of log-prob and advantage, nats", False, {"covariance": "covariance"}),
     ("Length", "tokens per completion", False, {"completion_length": "length"}),
 ]  # fmt: skip
+SIGNS = {i: chr(0x2400 + i) for i in range(32)} | {ord("\n"): "↵\n", ord("\t"): "⇥", 127: "␡"}
 ACTIONS = {"clip_cov": "its gradient was removed", "kl_cov": "held by the KL penalty"}
 
 
@@ -45,8 +46,7 @@ class PageError(ValueError):
 
 def visible(token):
     """Model text as HTML: escaped, and what would not be seen, or is not allowed in HTML, as a sign."""
-    shown = "".join("↵\n" if c == "\n" else "⇥" if c == "\t" else chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if c == "\x7f" else c for c in token)
-    return escape(shown)
+    return escape(token.translate(SIGNS))
 
 
 def number(x, sign=""):
@@ -74,7 +74,8 @@ def completion(line, name, full, method):
     for token, values in rows[:LONGEST]:
         share = {k: max(-1.0, min(1.0, v / full[k])) if math.isfinite(v) else 0.0 for k, v in values.items()}
         style = ";".join(f"--{k[0]}:{v:.3g}" for k, v in share.items())
-        said = f"entropy {number(values['entropy'])} nats, covariance {number(values['covariance'], '+')}, advantage {number(values['advantage'], '+')}"
+        entropy, covariance, advantage = number(values["entropy"]), number(values["covariance"], "+"), number(values["advantage"], "+")
+        said = f"entropy {entropy} nats, covariance {covariance}, advantage {advantage}"
         if values["selected"]:
             said += f"; {ACTIONS.get(method, 'the method acted on it')}"
         acted = " acted" if values["selected"] else ""
@@ -102,9 +103,10 @@ def token_means(samples, key, least):
 def token_table(samples, key, title, top=12):
     """The tokens of highest mean as an HTML table."""
     least = max(2, sum(len(line["tokens"]) for line in samples) // 2000)
-    rows = "".join(f'<tr><th scope="row"><code>{visible(token).replace(" ", "␣")}</code><td>{number(mean, "+" if key != "entropy" else "")}<td>{count}'
+    rows = "".join(f'<tr><th scope="row"><code>{visible(token).replace(" ", "␣")}</code><td>{number(mean)}<td>{count}'
                    for token, mean, count in token_means(samples, key, least)[:top])  # fmt: skip
-    return f'<table><caption>{title}; tokens seen {least} times or more</caption><tr><th scope="col">token<th scope="col">mean {key}<th scope="col">times{rows}</table>'
+    head = "".join(f'<th scope="col">{word}' for word in ("token", f"mean {key}", "times"))
+    return f"<table><caption>{title}; tokens seen {least} times or more</caption><tr>{head}{rows}</table>"
 
 
 # ---------------------------------------------------------------- curves
@@ -123,7 +125,8 @@ def ticks(low, high, log):
 
 def curve(steps, title, unit, log, keys, width=440, height=240):
     """One panel as inline SVG, in colours of the page. A value that was not measured is a gap, an evaluation a dot."""
-    found = {label: [(s["step"], s[k]) for s in steps if s.get(k) is not None and math.isfinite(s[k]) and (s[k] > 0 or not log)] for k, label in keys.items()}
+    shown = lambda y: y is not None and math.isfinite(y) and (y > 0 or not log)
+    found = {label: [(s["step"], s[k]) for s in steps if shown(s.get(k))] for k, label in keys.items()}
     ys = [y for series in found.values() for _, y in series]
     if not ys:
         return f"<figure><figcaption><b>{title}</b> was not measured</figcaption></figure>"
@@ -134,9 +137,9 @@ def curve(steps, title, unit, log, keys, width=440, height=240):
     last = max(s["step"] for s in steps)
     X = lambda x: 46 + (width - 60) * (x - 1) / max(1, last - 1)
     Y = lambda y: 12 + (height - 40) * (1 - (scale(max(y, low)) - scale(low)) / (scale(high) - scale(low)))
-    lines = [f'<line class="grid" x1="46" x2="{width - 14}" y1="{Y(y):.1f}" y2="{Y(y):.1f}"/><text x="40" y="{Y(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-             for y in ticks(low, high, log)]  # fmt: skip
-    lines += [f'<text x="{X(x):.1f}" y="{height - 10}" text-anchor="middle">{x:.0f}</text>' for x in ticks(1, last, False) if x == int(x) and x > 0]
+    lines = [f'<line class="grid" x1="46" x2="{width - 14}" y1="{Y(y):.1f}" y2="{Y(y):.1f}"/>'
+             f'<text x="40" y="{Y(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>' for y in ticks(low, high, log)]  # fmt: skip
+    lines += [f'<text x="{X(x):.1f}" y="{height - 10}" text-anchor="middle">{x:.0f}</text>' for x in ticks(1, last, False) if x == int(x)]
     names = []
     for i, (label, series) in enumerate(found.items()):
         if series:
@@ -152,34 +155,55 @@ def values_table(steps):
     """The curves as numbers."""
     keys = {"step": "step"} | {k: label for *_, keys in CURVES for k, label in keys.items()}
     rows = "".join("<tr>" + "".join(f"<td>{number(s.get(k))}" for k in keys) for s in steps)
-    return f'<details><summary>The curves as numbers</summary><table><tr>{"".join(f"<th scope=col>{label}" for label in keys.values())}{rows}</table></details>'
+    head = "".join(f"<th scope=col>{label}" for label in keys.values())
+    return f"<details><summary>The curves as numbers</summary><table><tr>{head}{rows}</table></details>"
 
 
 # ---------------------------------------------------------------- the page
 
 STYLE = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #111; --faint: #5a5a5a; --edge: #ccc; --up: 230 120 0; --down: 0 114 178;
-        --c0: #0060a0; --c1: #b34700; --c2: #5a5a5a }
-@media (prefers-color-scheme: dark) { :root { --bg: #111; --fg: #eee; --faint: #aaa; --edge: #444; --c0: #6cb8f0; --c1: #ff9a4d; --c2: #aaa } }
+:root { color-scheme: light dark; --bg: #fff; --fg: #111; --faint: #5a5a5a; --edge: #ccc;
+        --up: 230 120 0; --down: 0 114 178; --c0: #0060a0; --c1: #b34700; --c2: #5a5a5a }
+@media (prefers-color-scheme: dark) {
+  :root { --bg: #111; --fg: #eee; --faint: #aaa; --edge: #444; --c0: #6cb8f0; --c1: #ff9a4d; --c2: #aaa } }
 body { background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem 1rem 5rem }
-figure { margin: 0 } svg { width: 100% } svg text { font-size: 11px; fill: var(--faint) } .grid { stroke: var(--edge) }
-polyline { fill: none; stroke-width: 1.8 } .columns { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
+.columns { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 .columns > * { min-width: 0 }
-g.c0 { stroke: var(--c0); fill: var(--c0) } g.c1 { stroke: var(--c1); fill: var(--c1) } g.c2 { stroke: var(--c2); fill: var(--c2) }
-span.c0 { color: var(--c0) } span.c1 { color: var(--c1) } span.c2 { color: var(--c2) } span.c0, span.c1, span.c2 { margin-right: 1em }
-g.c1 polyline { stroke-dasharray: 6 3 } g.c2 polyline { stroke-width: 1 }
-table { border-collapse: collapse } th, td { text-align: right; padding: .1rem .6rem; border-bottom: 1px solid var(--edge) } th:first-child { text-align: left }
-caption { text-align: left; color: var(--faint) } details { overflow-x: auto }
-fieldset { min-width: 0; position: sticky; top: 0; background: var(--bg); border: 1px solid var(--edge); z-index: 1 } fieldset label { margin-right: 1.2rem; display: inline-block }
-.prompt { color: var(--faint); max-height: 7.5em; overflow: auto } .prompt, .tokens { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 }
-article { border-top: 1px solid var(--edge) } h4 { margin: .4rem 0; font-weight: normal; color: var(--faint) }
-.t { --v: var(--e); unicode-bidi: isolate; border-radius: 2px; cursor: default; background-color: rgb(var(--up) / calc(.6 * var(--v)));
-     background-image: linear-gradient(rgb(var(--down) / calc(-.6 * var(--v))) 0 0) }
-body:has(#by-covariance:checked) .t { --v: var(--c) } body:has(#by-advantage:checked) .t { --v: var(--a) } body:has(#by-selected:checked) .t { --v: var(--s) }
-.acted { text-decoration: underline 2px } .t input { appearance: none; position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0 }
+details { overflow-x: auto }
+table { border-collapse: collapse }
+th, td { text-align: right; padding: .1rem .6rem; border-bottom: 1px solid var(--edge) }
+th:first-child { text-align: left }
+caption { text-align: left; color: var(--faint) }
+
+figure { margin: 0 }
+svg { width: 100% }
+svg text { font-size: 11px; fill: var(--faint) }
+.grid { stroke: var(--edge) }
+polyline { fill: none; stroke-width: 1.8 }
+g.c0 { stroke: var(--c0); fill: var(--c0) } span.c0 { color: var(--c0); margin-right: 1em }
+g.c1 { stroke: var(--c1); fill: var(--c1) } span.c1 { color: var(--c1); margin-right: 1em } g.c1 polyline { stroke-dasharray: 6 3 }
+g.c2 { stroke: var(--c2); fill: var(--c2) } span.c2 { color: var(--c2); margin-right: 1em } g.c2 polyline { stroke-width: 1 }
+
+fieldset { position: sticky; top: 0; z-index: 1; min-width: 0; background: var(--bg); border: 1px solid var(--edge) }
+fieldset label { margin-right: 1.2rem; display: inline-block }
+article { border-top: 1px solid var(--edge) }
+h4 { margin: .4rem 0; font-weight: normal; color: var(--faint) }
+.prompt, .tokens { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 }
+.prompt { color: var(--faint); max-height: 7.5em; overflow: auto }
+
+.t { --v: var(--e); background-color: rgb(var(--up) / calc(.6 * var(--v)));
+     background-image: linear-gradient(rgb(var(--down) / calc(-.6 * var(--v))) 0 0);
+     unicode-bidi: isolate; border-radius: 2px; cursor: default }
+body:has(#by-covariance:checked) .t { --v: var(--c) }
+body:has(#by-advantage:checked) .t { --v: var(--a) }
+body:has(#by-selected:checked) .t { --v: var(--s) }
+.t input { appearance: none; position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0 }
 .t:hover, .t:focus-within { outline: 2px solid var(--fg) }
-.v { display: none; position: fixed; left: 0; right: 0; bottom: 0; padding: .5rem 1rem; background: var(--fg); color: var(--bg); font: 16px/1.5 system-ui, sans-serif }
-.t:focus-within .v { display: block; z-index: 2 } .t:hover .v { display: block; z-index: 3 }
+.acted { text-decoration: underline 2px }
+.v { display: none; position: fixed; left: 0; right: 0; bottom: 0; padding: .5rem 1rem;
+     background: var(--fg); color: var(--bg); font: 16px/1.5 system-ui, sans-serif }
+.t:focus-within .v { display: block; z-index: 2 }
+.t:hover .v { display: block; z-index: 3 }
 """
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -227,7 +251,8 @@ def page(config, steps, samples):
 <details><summary>All options</summary><table>{options}</table></details>
 <h2>Curves</h2><div class="columns">{"".join(curve(steps, *panel) for panel in CURVES)}</div>{values_table(steps)}
 <h2>Completions, early and late</h2>
-<p>Orange is above zero, blue below. Underlined: the method acted on the token. Point at a token, or go to it with Tab and the arrow keys, for its values.</p>
+<p>Orange is above zero, blue below. Underlined: the method acted on the token.
+Point at a token, or go to it with Tab and the arrow keys, for its values.</p>
 <fieldset><legend>Tokens are coloured by</legend>{radios}</fieldset>
 <div class="columns">{column("early", first)}{column("late", final)}</div>
 <h2>The tokens that carry it</h2>

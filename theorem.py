@@ -18,9 +18,9 @@ after an update, at temperature 1 and in the model's own precision; what follows
     python theorem.py RUN ...         what that comes to over runs; theorem.json in each, and a picture
     python theorem.py                 where it breaks: one gradient of the embedded policy, AdamW's learning rate over five decades
 
-The theorem is of first order, and the demonstration says where that ends. On the embedded policy, R^2 was .997 where an update
-moved the logits by .02, .97 at .07, below .5 at .2 and far below 0 beyond. So look at `moved` first: a learning rate that
-moves them by more than a tenth at an update is outside the theorem, though it may train well.
+The theorem is of first order, and the demonstration says where that ends. On the embedded policy, R^2 was .997 where one update
+moved the logits by .02, .97 at .07, below .5 at .2 and far below 0 beyond. In a run the mean hides that a few states go far, and
+R^2 falls earlier. A step of eight updates goes further than the theorem: `theorem.step` says how much of it is left.
 
 The batch's token covariance, which Clip-Cov and KL-Cov act on, is the same quantity seen through the sampled tokens, with the advantage
 in place of the change of logits. It has other units, so it is compared with -dH by correlation and sign, step by step.
@@ -173,7 +173,7 @@ def over_run(steps):
     if not known:
         raise plot.RunError("metrics.jsonl has no `theorem`: the run was made without --check-theorem")
     covariance, fall = [s["covariance"] for s in known], [-s["theorem"]["dH"] for s in known]
-    pairs = [(a["covariance"], a["entropy"] - b["entropy"]) for a, b in zip(steps, steps[1:]) if a.get("covariance") is not None and "entropy" in a]
+    pairs = [(a["covariance"], a["entropy"] - b["entropy"]) for a, b in zip(known, known[1:]) if b["step"] == a["step"] + 1]
     groups = [s["difficulty"] for s in known]
     G = len(groups[0]["tokens"]) - 1
     tokens = [sum(g["tokens"][k] for g in groups) for k in range(G + 1)]
@@ -185,7 +185,7 @@ def over_run(steps):
         "update": {key: spread(updates, key) for key in ("r2", "slope", "moved")},
         "step": {key: spread(whole, key) for key in ("r2", "slope", "moved")},
         "correlation": correlation(covariance, fall),
-        "correlation_of_batches": correlation(*zip(*pairs)) if pairs else None,  # dH between the batches of two steps: other problems, more noise
+        "correlation_of_batches": correlation(*zip(*pairs)) if pairs else None,  # dH from step to step: other problems, so noisier
         "sign_agreement": sum((c > 0) == (f > 0) for c, f in zip(covariance, fall)) / len(known),
         "positive_covariance": sum(c > 0 for c in covariance) / len(known),
         "difficulty": {f"{k}/{G}": {"tokens": tokens[k], "covariance": total[k] / tokens[k] if tokens[k] else None} for k in range(G + 1)},
@@ -222,12 +222,16 @@ def draw(runs, file):
             twin = top.twinx()
             (covariance,) = top.plot(at, [s["covariance"] for s in known], color="#D55E00", label="covariance of the batch's tokens (left)")
             (fall,) = twin.plot(at, [-v for v in value("dH")], color="#0072B2", label="-dH, mean over the probe's states, nats (right)")
-            for axis in (top, twin):  # both zeros at one height
-                reach = max(abs(y) for y in axis.lines[0].get_ydata() if math.isfinite(y)) or 1
-                axis.set_ylim(-1.1 * reach, 1.1 * reach)
+            drawn = [[y for y in axis.lines[0].get_ydata() if math.isfinite(y)] for axis in (top, twin)]
+            ends = [(min(ys, default=0), max(ys, default=0)) for ys in drawn]
+            below = max(max(-low, 0) / max(high, -low, 1e-12) for low, high in ends)  # both zeros at one height
+            for axis, (low, high) in zip((top, twin), ends):
+                reach = max(high, -low, 1e-12)
+                axis.set_ylim(-1.1 * max(below, 0.1) * reach, 1.1 * reach)
+            twin.grid(False)
             top.axhline(0, color="#999999", zorder=0)
             top.legend(handles=[covariance, fall], fontsize=10)
-            top.set(title=label)
+            top.set(title=Path(label).name)
             bottom.plot(at, value("r2"), ".-", color="#000000", label="R^2 of the prediction, single updates")
             bottom.plot(at, value("slope"), ".-", color="#009E73", label="slope, measured over predicted")
             bottom.plot(at, [s["theorem"]["step"]["r2"] for s in known], ".", color="#999999", label="R^2, whole steps")
@@ -261,7 +265,8 @@ def demonstrate(rates=tuple(10.0**e for e in (-6, -5, -4, -3.5, -3, -2.5, -2, -1
 
     probe = draw_probe(policy, data.load_problems("arithmetic_heldout", limit=PROBLEMS), o)
     before = probe_logits(model, probe)
-    print(f"one step of AdamW along one policy gradient of the embedded policy, {len(probe['states'])} states, vocabulary of {before.shape[1]}\n")
+    S, V = before.shape
+    print(f"one step of AdamW along one policy gradient of the embedded policy, {S} states, vocabulary of {V}\n")
     print(f"{'learning rate':>13} {'moved':>9} {'mean dH':>11} {'predicted':>11} {'R^2':>11} {'slope':>9}")
     for lr in rates:
         moved = copy.deepcopy(model)
