@@ -167,14 +167,17 @@ def distances(runs, others, key="reward", width=5, bands=4):
     For each label, as mean and 95% interval over bootstraps of both the others (the curve) and the runs:
         distance   mean of R - law(H) over the steps whose H occurs among the others
         end        R over the last tenth of the steps, less the ceiling
-        bands      the distance in bands of equal width in log H, high to low; `others` has the same bands: where these are
-                   themselves off their curve, it is the law that does not hold, and runs compare with their band, not with 0
+        bands      the distance in bands of equal width in log H, high to low; `others` has the same bands, and where these are
+                   themselves off their curve, it is the law that does not hold
+        apart      the runs' bands less the others' bands, three times as narrow, mean over those that both have: equal H against
+                   equal H, whether the law holds or not. Two runs or more of each
     """
     base = [points(steps, key) for steps in others]
     H = torch.cat([h for h, _ in base])
     law = fit_law(H, torch.cat([r for _, r in base]))
     curves = resample_runs(base) if len(base) > 1 else resample_steps(*base[0], width)
-    edges = torch.linspace(math.log(max(H.min().item(), 1e-6)), math.log(H.max().item()), bands + 1, dtype=torch.float64).exp().flip(0)
+    cut = lambda n: torch.linspace(math.log(H.max().item()), math.log(max(H.min().item(), 1e-6)), n + 1, dtype=torch.float64).exp()
+    edges, narrow = cut(bands), cut(3 * bands)
     inside = lambda h, low, high: (h >= low * (1 - 1e-9)) & (h <= high * (1 + 1e-9))
 
     def measure(group, low, high):
@@ -191,10 +194,24 @@ def distances(runs, others, key="reward", width=5, bands=4):
         return {"mean": (rows[:, 0] + law.a * rows[:, 1] - law.b).mean().item(), "runs": len(rows),
                 "interval": interval(R + curves[:, 0] * x - curves[:, 1])}  # fmt: skip
 
+    def residuals(group):
+        """Mean distance of each run in each narrow band: (runs, bands), nan where it has no step."""
+        distance = [(h, r + law.a * h.exp() - law.b) for h, r in group]
+        return torch.stack([torch.stack([d[inside(h, low, high)].mean() for high, low in zip(narrow, narrow[1:])]) for h, d in distance])
+
+    def apart(group):
+        mine, theirs = residuals(group), residuals(base)
+        mean = (mine.nanmean(0) - theirs.nanmean(0)).nanmean().item()
+        if len(group) < 2 or len(base) < 2 or math.isnan(mean):
+            return None
+        redrawn = lambda x, seed: x[torch.randint(len(x), (2000, len(x)), generator=torch.Generator().manual_seed(seed))].nanmean(1)
+        ends = (redrawn(mine, 2) - redrawn(theirs, 3)).nanmean(1)
+        return {"mean": mean, "runs": len(group), "interval": interval(ends[ends.isfinite()])}
+
     def summary(group):
         last = lambda r: r[-max(1, len(r) // 10) :].mean()
         ends = torch.stack([torch.stack((last(r), torch.ones_like(r[0]))) for _, r in group])  # exp(0) = 1: the ceiling
-        return {"distance": against(measure(group, edges[-1], edges[0])), "end": against(ends),
+        return {"distance": against(measure(group, edges[-1], edges[0])), "end": against(ends), "apart": apart(group),
                 "bands": [against(measure(group, low, high)) for high, low in zip(edges, edges[1:])]}  # fmt: skip
 
     groups = {"the others": base} | {label: [points(steps, key) for steps in seeds] for label, seeds in runs.items()}
@@ -207,9 +224,9 @@ def distance_table(d):
     cell = lambda x: "-" if x is None else f"{x['mean']:+.3f} [{x['interval'][0]:+.2f}, {x['interval'][1]:+.2f}]"
     yield f"curve of the {d['others']} others: R = -{d['a']:.3f} exp(H) + {d['b']:.3f}, ceiling {d['ceiling']:.3f}"
     names = [f"H {high:.3g}..{low:.3g}" for high, low in zip(d["edges"], d["edges"][1:])]
-    yield f"{'R above the curve, 95%':28} " + " ".join(f"{name:24}" for name in ("at equal H", *names, "end above the ceiling"))
+    yield f"{'R above the curve, 95%':28} " + " ".join(f"{name:24}" for name in ("at equal H", *names, "apart from the others", "end above the ceiling"))
     for label, s in d["of"].items():
-        yield f"{label:28} " + " ".join(f"{cell(x):24}" for x in (s["distance"], *s["bands"], s["end"]))
+        yield f"{label:28} " + " ".join(f"{cell(x):24}" for x in (s["distance"], *s["bands"], s["apart"], s["end"]))
 
 
 # ---------------------------------------------------------------- pictures

@@ -6,7 +6,8 @@ covariance.py shows it on one softmax. Here the same is measured on real updates
 
 A state is a prompt and the beginning of a completion. The probe batch is drawn once, from the starting policy on the first
 held-out problems, and kept in the run as probe.json. The logits z and z' over the whole vocabulary are those before and
-after an update, at temperature 1 and in the model's own precision; what follows from them is computed in float64.
+after an update, at temperature 1 and in the model's own precision; what follows from them is computed in float64. The run itself
+is the same with and without; the time it takes is counted as that of the update.
 
     train.py --check-theorem ...      adds to each line of metrics.jsonl, over all states and all updates of the step,
         theorem.r2         1 - sum (dH - predicted)^2 / sum (dH - mean dH)^2; nothing is fitted, so it may be below 0

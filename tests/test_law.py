@@ -122,11 +122,12 @@ def test_runs_above_the_others_curve_are_above_it_by_so_much_and_others_are_on_i
     d = law.distances({"above": above, "on": on}, others)
     assert d["of"]["the others"]["distance"]["mean"] == pytest.approx(0, abs=1e-9)
     for label, shift in (("above", 0.05), ("on", 0.0)):
-        for found in (d["of"][label]["distance"], d["of"][label]["end"], *d["of"][label]["bands"]):
+        for found in (d["of"][label]["distance"], d["of"][label]["end"], d["of"][label]["apart"], *d["of"][label]["bands"]):
             low, high = found["interval"]
             assert found["runs"] == 5 and low - 0.01 < shift < high + 0.01 and low < found["mean"] < high
-        low, high = d["of"][label]["distance"]["interval"]
-        assert (low > 0) == (label == "above")
+        for key in ("distance", "apart"):
+            low, high = d["of"][label][key]["interval"]
+            assert (low > 0) == (label == "above")
 
 
 def test_only_entropies_that_the_others_have_count_for_the_distance_and_bands_show_where_the_law_itself_fails():
@@ -139,6 +140,17 @@ def test_only_entropies_that_the_others_have_count_for_the_distance_and_bands_sh
     bands = [[band["mean"] for band in d["of"][label]["bands"]] for label in ("near", "the others")]
     assert max(abs(a - b) for a, b in zip(*bands)) < 0.03  # they are alike, and neither is near 0 everywhere:
     assert max(map(abs, bands[1])) > 0.01
+
+
+def test_equal_h_against_equal_h_is_right_even_where_the_law_is_wrong():
+    """Runs on the curve of the others, which is not of the law's form, but at lower entropies more often: above the fit, and not apart."""
+    wrong = dict(f=torch.log, a=0.1, b=0.3, sigma=0.005)
+    others = [series(top=1.0, bottom=0.01, seed=s, **wrong) for s in range(4)]
+    runs = [series(top=0.05, bottom=0.01, seed=s, **wrong) for s in range(10, 14)]
+    of = law.distances({"runs": runs}, others)["of"]["runs"]
+    assert of["distance"]["interval"][0] > 0.02
+    assert abs(of["apart"]["mean"]) < 0.01 and of["apart"]["interval"][0] < 0.005 and of["apart"]["interval"][1] > -0.005
+    assert law.distances({"one": runs[:1]}, others)["of"]["one"]["apart"] is None
 
 
 # ---------------------------------------------------------------- the commands
