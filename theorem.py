@@ -19,9 +19,9 @@ is the same with and without; the time it takes is counted as that of the update
     python theorem.py RUN ...         what that comes to over runs; theorem.json in each, and a picture
     python theorem.py                 where it breaks: one gradient of the embedded policy, AdamW's learning rate over five decades
 
-The theorem is of first order, and the demonstration says where that ends. On the embedded policy, R^2 was .997 where one update
-moved the logits by .02, .97 at .07, below .5 at .2 and far below 0 beyond. In a run the mean hides that a few states go far, and
-R^2 falls earlier. A step of eight updates goes further than the theorem: `theorem.step` says how much of it is left.
+The theorem is of first order, and the demonstration says where that ends. For the embedded policy R^2 was .999 where one update
+moved the logits by .02, .99 at .07, .79 at .2 and below 0 from .6 on; the last is a learning rate of 3e-3. In a run the mean hides
+that a few states go far, and R^2 can fall earlier. The updates of a step add up: `theorem.step` says what is left of the theorem then.
 
 The batch's token covariance, which Clip-Cov and KL-Cov act on, is the same quantity seen through the sampled tokens, with the advantage
 in place of the change of logits. It has other units, so it is compared with -dH by correlation and sign, step by step.
