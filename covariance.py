@@ -16,8 +16,12 @@ In training, over the N response tokens of a mini-batch, each token contributes
 
 and a few tokens contribute orders of magnitude more than the rest: Clip-Cov and KL-Cov act on those.
 
-    python covariance.py      the theorem on a tabular softmax: prediction against measurement
+    python covariance.py      the theorem on a tabular softmax: prediction against measurement, as a table and a picture
+                              (figures/covariance.png, or --out FILE); on a language model: theorem.py
 """
+
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -72,20 +76,57 @@ def _top(values, count):
     return selected.view(values.shape)
 
 
+def errors(logits, advantages, steps):
+    """Measured and predicted dH of one policy (V,) for both gradients: {name: [(step, measured, predicted), ...]}."""
+    directions = {"vanilla": torch.softmax(logits, -1) * advantages, "natural": advantages}
+    return {
+        name: [(eta, (entropy(logits + eta * dz) - entropy(logits)).item(), predicted_entropy_change(logits, eta * dz).item()) for eta in steps]
+        for name, dz in directions.items()
+    }
+
+
+def draw(rows, file):
+    """Left: measured against predicted change. Right: the error against the step, on two log axes, where a square is a line of slope 2."""
+    from matplotlib.figure import Figure  # here, for training needs no picture of this
+
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, points), colour in zip(rows.items(), ("#0072B2", "#D55E00")):
+        eta, measured, predicted = map(list, zip(*points))
+        left.plot(predicted, measured, "o-", color=colour, label=f"{name} policy gradient")
+        right.loglog(eta, [abs(m - p) for m, p in zip(measured, predicted)], "o-", color=colour)
+        right.loglog(eta, [abs(p) for p in predicted], ":", color=colour)
+    left.axline((0, 0), slope=1, color="#999999", zorder=0)
+    left.set(xlabel="predicted: -Cov(log pi, dz), nats", ylabel="measured change of entropy, nats", title="the theorem is the grey line")
+    right.set(xlabel="step", ylabel="nats", title="error, slope 2 (dotted: the change, slope 1)")
+    left.legend(frameon=False)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="figures/covariance.png", metavar="FILE", help="the picture (default figures/covariance.png)")
+    o = parser.parse_args()
     torch.manual_seed(0)
     z = torch.randn(8, dtype=torch.float64) * 2
     A = torch.randn(8, dtype=torch.float64)
-    print("tabular softmax with 8 actions: measured change of entropy against -Cov(log pi, dz)\n")
-    print(f"{'gradient':9} {'step':>8} {'measured':>12} {'predicted':>12} {'error':>10}   error / step^2")
-    for name, direction in (("vanilla", torch.softmax(z, 0) * A), ("natural", A)):
-        for eta in (1.0, 0.1, 0.01, 0.001):
-            dz = eta * direction
-            measured = entropy(z + dz) - entropy(z)
-            predicted = predicted_entropy_change(z, dz)
-            error = (measured - predicted).abs()
-            print(f"{name:9} {eta:8} {measured:12.3e} {predicted:12.3e} {error:10.1e}   {error / eta**2:.4f}")
-    print("\nThe error falls as the square of the step: the theorem is exact to first order.")
+    A = A - (torch.softmax(z, 0) * A).sum()  # an advantage has mean 0 under its policy
+    rows = errors(z, A, [2.0**-i for i in range(11)])
+    print("tabular softmax with 8 actions: measured change of entropy against -Cov(log pi, dz); each step is half the one before\n")
+    print(f"{'gradient':9} {'step':>8} {'measured':>12} {'predicted':>12} {'error':>10} {'of it before':>13}")
+    for name, points in rows.items():
+        before = None
+        for eta, measured, predicted in points:
+            error = abs(measured - predicted)
+            print(f"{name:9} {eta:8.5f} {measured:12.3e} {predicted:12.3e} {error:10.1e} {f'1/{before / error:.2f}' if before else '':>13}")
+            before = error
+    print("\nHalf the step, a quarter of the error: it falls as the square, and the theorem is exact to first order.")
+    try:
+        draw(rows, o.out)
+    except OSError as error:
+        parser.exit(2, f"covariance.py: error: argument --out: {o.out} cannot be written to: {error.strerror}\n")
+    print(o.out)
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ def summary(policy, batches, others, logs, o):
     return metrics
 
 
-def sample_lines(policy, batch, t, number, count=4):
-    """The first completions of a step, token by token, with what the method saw: lines of samples.jsonl."""
-    lines = []
-    for i in range(min(count, len(batch["completions"]))):
+def sample_lines(policy, batch, t, number, count=8):
+    """Some completions of a step, of different problems, token by token, with what the method saw: lines of samples.jsonl."""
+    lines, B = [], len(batch["completions"])
+    for i in range(0, B, -(-B // count)):
         row = lambda x: [float(f"{v:.4g}") for v in x[i, : len(batch["completions"][i])].tolist()]
         lines.append({
             "step": number, "prompt": policy.tokenizer.decode(batch["prompts"][i]), "completion": batch["texts"][i],

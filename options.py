@@ -133,6 +133,8 @@ def command_line():
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     parser.add_argument("--shard-optimizer", action="store_true",
                         help="with several processes: each keeps its share of the moments of AdamW only, to save memory; changes no result")  # fmt: skip
+    parser.add_argument("--check-theorem", action="store_true",
+                        help="measure at every update whether -Cov(log pi, change of logits) foretells the change of entropy: see theorem.py")  # fmt: skip
     for heading, rows in OPTIONS.items():
         group = parser.add_argument_group(heading)
         for name, kind, default, text in rows:

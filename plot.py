@@ -2,6 +2,7 @@
 
     python plot.py runs/kl_cov-s0          one run: its curves, into its own directory
     python plot.py runs/*                  several: methods side by side, into figures/ (or --out DIR)
+    python plot.py RUN --html              a page for the browser, page.html in each run: page.py
 
 curves.png has three panels over the same steps:
 
@@ -29,6 +30,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot there is no window, and no display is needed
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+import page
+
 COLOURS = {  # Okabe and Ito's palette, its yellow darkened for a white wall
     "grpo": "#000000", "clip_cov": "#0072B2", "kl_cov": "#D55E00", "clip_higher": "#E69F00", "entropy_bonus": "#56B4E9",
     "kl_ref": "#CC79A7", "high_entropy": "#A89B00", "low_entropy": "#009E73"}  # fmt: skip
@@ -40,7 +43,8 @@ PANELS = {  # key in metrics.jsonl: title and label of the axis
     "covariance": ("Covariance", "of log-prob and advantage, nats")}  # fmt: skip
 IMMATERIAL = {  # options in which seeds of one experiment may differ
     "seed", "out", "steps", "resume", "overwrite", "device", "processes", "versions", "commit", "micro_batch", "save_every",
-    "eval_every", "final_samples", "max_hours", "stop_when_entropy", "shard_optimizer", "content"}  # fmt: skip
+    "eval_every", "final_samples", "max_hours", "stop_when_entropy", "shard_optimizer", "content",
+    "sample_batch", "check_theorem"}  # fmt: skip
 STYLE = {
     "font.size": 18, "axes.titlesize": 22, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#DDDDDD", "legend.frameon": False}  # fmt: skip
@@ -168,15 +172,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directory of train.py; files are passed over")
     parser.add_argument("--out", metavar="DIR", help="where curves.png goes (default: a single run's directory, else figures/)")
+    parser.add_argument("--html", action="store_true", help="write page.html into each run instead: curves, and completions token by token")
     o = parser.parse_args()
     run_dirs = [Path(run) for run in o.runs if not Path(run).is_file()] or [Path(o.runs[0])]
     file = Path(o.out or (run_dirs[0] if len(run_dirs) == 1 else "figures")) / "curves.png"
     try:
+        if o.html:
+            return print(*[page.write(run_dir, *read_run(run_dir)) for run_dir in run_dirs], sep="\n")
         curves(run_dirs, file)
-    except RunError as error:
+    except (RunError, page.PageError) as error:
         parser.exit(2, f"plot.py: error: {error}\n")
     except OSError as error:
-        parser.exit(2, f"plot.py: error: argument --out: {file.parent} cannot be written to: {error.strerror}\n")
+        where = "page.html" if o.html else f"argument --out: {file.parent}"
+        parser.exit(2, f"plot.py: error: {where} cannot be written to: {error.strerror}\n")
     print(file)
 
 

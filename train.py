@@ -29,6 +29,7 @@ import eval as evaluation
 import losses
 import reward
 import rollout
+import theorem
 from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
 from metrics import sample_lines, stopwatch, summary
 from options import options
@@ -167,16 +168,20 @@ def step(policy, problems, number, o):
     judged = process_rewards(policy.prm, batches, o) if policy.prm and batches else {}
     lap("score")
 
-    logs, shown = [], None
+    logs, updates = [], []
     for n in range(o.passes * len(batches)):
         t, log = update(policy, batches[n % len(batches)], generator(o, f"{number}.{n}", "select"), n == 0, o)
         logs.append(log)
-        shown = shown or t
+        updates.append(t)
         count_bad(policy, log, number, o)
+        if policy.probe:
+            theorem.follow(policy, o)
     lap("update")
 
     metrics = {"step": number} | summary(policy, batches, others, logs, o) | judged | {"seconds": seconds}
-    return metrics, sample_lines(policy, batches[0], shown, number) if batches else []
+    if policy.probe and updates:
+        metrics |= theorem.figures(policy, updates, rewards)
+    return metrics, sample_lines(policy, batches[0], updates[0], number) if batches else []
 
 
 def evaluate(policy, problems, samples, temperature, o):
@@ -222,7 +227,7 @@ def load(o, checkpoint=None):
     policy = argparse.Namespace(
         model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
         reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
-        prm=process_model(o) if o.advantage == "prime" else None, config=config, rounds=0, bad_updates=0,
+        prm=process_model(o) if o.advantage == "prime" else None, config=config, rounds=0, bad_updates=0, probe=None,
     )  # fmt: skip
     policy.kept = {"optimizer": optimizer}  # what checkpoints hold beside the model: name -> whatever has a state_dict
     if policy.prm:
@@ -277,6 +282,8 @@ def train(o):
     leader(go_on, policy.config, len(lines)) if checkpoint else leader(begin, policy.config)
     if checkpoint:
         restore(policy, checkpoint)
+    if o.check_theorem and world()[0] == 0:
+        policy.probe = theorem.open_probe(policy, held_out, o)
     first, last, interrupted = loop(policy, problems, held_out, lines, started, o)
     if interrupted:
         why, status = interrupted

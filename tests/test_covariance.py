@@ -3,9 +3,13 @@
 import collections
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from matplotlib.image import imread
 
 import covariance
 from covariance import predicted_entropy_change, select_clip_cov, select_kl_cov, token_covariance
@@ -200,8 +204,18 @@ def test_clip_cov_goes_on_from_a_saved_generator():
     assert all(torch.equal(s, select_clip_cov(GRID, torch.ones(4, 10), 0.1, 1, 30, resumed)) for s in rest)
 
 
-def test_the_demonstration_shows_the_error_over_the_squared_step_constant(capsys):
+def test_the_demonstration_shows_half_the_step_to_leave_a_quarter_of_the_error_and_draws_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["covariance.py", "--out", str(tmp_path / "new" / "c.png")])
     covariance.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    errors = [float(line[-1]) for line in lines if line and line[0] in ("vanilla", "natural")]
-    assert len(errors) == 8 and errors[2] == pytest.approx(errors[3], rel=0.05) and errors[6] == pytest.approx(errors[7], rel=0.05)
+    for gradient in ("vanilla", "natural"):
+        rows = [line for line in lines if line and line[0] == gradient]
+        errors = [abs(float(line[4])) for line in rows]
+        assert len(rows) == 11 and errors[-2] / errors[-1] == pytest.approx(4, rel=0.05) and rows[-1][-1] in ("1/4.00", "1/4.01")
+    assert imread(tmp_path / "new" / "c.png").std() > 0.01
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_exit_status_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run([sys.executable, ROOT / "covariance.py", "--out", tmp_path / "file" / "c.png"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr

@@ -257,6 +257,7 @@ def test_a_fit_needs_two_different_entropies(H, R):
         fit_law(H, R)
 
 
-def test_the_demonstration_foretells_the_ceiling(capsys):
+def test_the_demonstration_foretells_the_ceiling(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["entropy.py"])
     entropy_module.main()
     assert "ceiling 0.6" in capsys.readouterr().out

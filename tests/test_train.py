@@ -573,6 +573,7 @@ def check_run(run, method, steps):
 
     samples = lines(run / "samples.jsonl")
     assert samples and {line["step"] for line in samples} <= set(range(1, steps + 1))
+    assert len({line["prompt"] for line in samples if line["step"] == 1}) == 4  # of all problems of the first mini-batch
     for line in samples:
         assert "".join(line["tokens"]).startswith(line["completion"]) and len(line["tokens"]) == len(line["entropy"]) == len(line["covariance"])
         assert min(line["entropy"]) >= -1e-5 and line["reward"] in (0.0, 1.0) and all(i < len(line["tokens"]) for i in line["selected"])
