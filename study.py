@@ -32,10 +32,14 @@ WINDOW = 20
 ROWS = (
     {name: f"--method grpo --advantage {name}" for name in losses.ESTIMATORS}
     | {method: f"--method {method}" for method in losses.METHODS}
-    | {"grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1"}
+    | {
+        "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
+        "grpo, 2 passes": "--method grpo --passes 2",
+        "kl_cov, 1 pass": "--method kl_cov --passes 1 --kl-cov-ratio 0.01 --kl-cov-beta 3",
+    }
 )
 STUDIES = {
-    "phenomenon": (range(51, 59), ["grpo", "grpo, clip 1.0", "clip_cov", "kl_cov"]),
+    "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0", "grpo, 2 passes", "kl_cov, 1 pass"]),
     "methods": (range(51, 56), list(losses.METHODS)),
     "estimators": (range(51, 56), list(losses.ESTIMATORS)),
 }

@@ -347,10 +347,12 @@ def test_prompts_that_are_too_long_are_none_and_an_error_if_all_are(tokenizer):
 
 
 def test_tokenizer_without_chat_template_is_one_line():
-    from types import SimpleNamespace
+    import warmstart
 
-    with pytest.raises(DataError, match="some/base: the tokenizer has no chat template"):
-        data.encode_prompts(SimpleNamespace(chat_template=None, name_or_path="some/base"), ["p?"], 10)
+    tokenizer = warmstart.make_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = None, "some/base"
+    with pytest.raises(DataError, match="some/base: no chat template that puts a prompt to this model"):
+        data.encode_prompts(tokenizer, ["p?"], 10)
 
 
 def test_demonstration_runs_in_seconds():
