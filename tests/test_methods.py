@@ -10,6 +10,7 @@ from test_losses import mini_batch, numbers, options, push
 
 import data
 import losses
+import study
 import train
 from losses import METHODS, Tokens, aggregate
 
@@ -214,6 +215,32 @@ def test_high_entropy_trains_the_fork_and_leaves_the_sure_token_and_low_entropy_
     assert rises == [fork_moves, not fork_moves]
     falls = (entropy_of(after[:, 0]) < entropy_of(p[:, 0])).tolist()
     assert falls == rises
+
+
+# ---------------------------------------------------------------- combinations
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("estimator", losses.ESTIMATORS)
+def test_any_method_goes_with_any_estimator(method, estimator, tmp_path):
+    o = train.options(["--method", method, "--advantage", estimator, "--out", str(tmp_path / "run")])
+    assert (o.method, o.advantage) == (method, estimator)
+
+
+@pytest.mark.parametrize("more, warned", [("--mini-batch 64", True), ("--mini-batch 64 --passes 2", False), ("", False)])
+def test_kl_cov_with_one_update_for_each_rollout_batch_warns_that_it_does_nothing_and_why(more, warned, tmp_path, capsys):
+    train.options(["--method", "kl_cov", "--prompts", "64", *more.split(), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == warned and ("no gradient before the policy has moved" in said) == warned
+    train.options(["--method", "grpo", "--prompts", "64", *more.split(), "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err == ""
+
+
+def test_every_row_of_a_study_is_something_that_train_can_be_told(tmp_path):
+    assert set(METHODS) <= set(study.STUDIES["methods"][1]) and set(losses.ESTIMATORS) <= set(study.STUDIES["estimators"][1])
+    for _, rows in study.STUDIES.values():
+        for row in rows:
+            train.options([*study.ROWS[row].split(), "--out", str(tmp_path / "run")])
 
 
 # ---------------------------------------------------------------- one's own method
