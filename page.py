@@ -117,7 +117,8 @@ def ticks(low, high, log):
     if log:
         all_ = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
         inside = [x for x in all_ if low * 0.999 <= x <= high * 1.001]
-        return inside if len(inside) <= 6 else [x for x in inside if f"{x:e}"[0] == "1"]
+        if len(inside) > 1:
+            return inside if len(inside) <= 6 else [x for x in inside if f"{x:e}"[0] == "1"]
     step = 10.0 ** math.floor(math.log10((high - low) / 2 or 1))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -257,7 +258,7 @@ Point at a token, or go to it with Tab and the arrow keys, for its values.</p>
 <div class="columns">{column("early", first)}{column("late", final)}</div>
 <h2>The tokens that carry it</h2>
 <p>Means over the completions that samples.jsonl holds of the first and of the last third of the logged steps.
-High entropy marks forks, where the policy decides; high covariance marks what the update drives down.</p>
+High entropy marks forks, where the policy decides; high covariance marks those that carry the fall of the entropy.</p>
 <div class="columns">{tables}</div>
 </body></html>
 """

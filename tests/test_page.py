@@ -162,7 +162,7 @@ def test_equal_ratios_are_equal_distances_on_a_logarithmic_axis_and_zero_is_left
 @pytest.mark.parametrize("low, high, log", [(0, 1, False), (0, 0.01, False), (-0.02, 0.3, False), (1, 120, False), (1, 1, False), (0.001, 0.5, True), (11, 13, True)])
 def test_ticks_are_few_round_and_within(low, high, log):
     found = page.ticks(low, high, log)
-    assert len(found) <= 7 and all(low - 1e-9 <= x <= high + 1e-9 for x in found) and found == sorted(found)
+    assert (2 if low < high else 0) <= len(found) <= 7 and all(low - 1e-9 <= x <= high + 1e-9 for x in found) and found == sorted(found)
     assert all(len(f"{x:.6g}".replace("0", "").replace(".", "").replace("-", "")) <= 3 for x in found)
 
 
