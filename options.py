@@ -79,7 +79,7 @@ OPTIONS = {
     ],
     "update": [
         ("--mini-batch", positive(int), 8, "problems an update (default 8: 8 updates a rollout batch, as published)"),
-        ("--passes", positive(int), None, "times each rollout batch is gone through (default 1, as published; 2 for kl_cov, whose penalty sees a token only once it has moved)"),
+        ("--passes", positive(int), 1, "times each rollout batch is gone through (default 1, as published)"),
         ("--micro-batch", positive(int), 16384, "tokens in memory at a time, padding included (default 16384); changes no result"),
         ("--lr", positive(float), 3e-4, "learning rate of AdamW, constant, no weight decay (default 3e-4, for the embedded policy; published 5e-7 for 7B)"),
         ("--grad-clip", positive(float), 1.0, "largest norm of the gradient (default 1, as published)"),
@@ -90,8 +90,8 @@ OPTIONS = {
         ("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient (default 0.01, for small batches; published 2e-4)"),
         ("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this (default 1, as published)"),
         ("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)"),
-        ("--kl-cov-ratio", fraction, 0.005, "kl_cov: fraction of tokens with the penalty (default 0.005, for small batches; published 2e-3 for 7B)"),
-        ("--kl-cov-beta", positive(float), 1.0, "kl_cov: weight of the penalty (default 1, as published)"),
+        ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty (default 0.01, for small batches; published 2e-3 for 7B)"),
+        ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty (default 3, for the embedded task; published 1)"),
         ("--entropy-coef", positive(float), 0.005, "entropy_bonus: weight of a nat of entropy "
          "(default 0.005, of those tried in arXiv 2505.22617 the one that held the entropy)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL to the starting policy (default 0.04, that of arXiv 2402.03300)"),
@@ -155,7 +155,6 @@ def options(argv=None):
     if o.entropy_fraction == 0:
         parser.error("argument --entropy-fraction: takes a fraction above 0: without tokens there is no update")
     o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)
-    o.passes = o.passes or (2 if o.method == "kl_cov" else 1)
     o.prm_lr = o.prm_lr or 2 * o.lr
     estimator = "" if o.advantage == "grpo" else f"-{o.advantage}"
     o.out = o.out or f"runs/{o.method}{estimator}-s{o.seed}"

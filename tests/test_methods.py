@@ -227,7 +227,7 @@ def test_any_method_goes_with_any_estimator(method, estimator, tmp_path):
     assert (o.method, o.advantage) == (method, estimator)
 
 
-@pytest.mark.parametrize("more, warned", [("--mini-batch 64 --passes 1", True), ("--mini-batch 64", False), ("--passes 1", False)])
+@pytest.mark.parametrize("more, warned", [("--mini-batch 64", True), ("--mini-batch 64 --passes 2", False), ("", False)])
 def test_kl_cov_with_one_update_for_each_rollout_batch_warns_that_it_does_nothing_and_why(more, warned, tmp_path, capsys):
     train.options(["--method", "kl_cov", "--prompts", "64", *more.split(), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
