@@ -64,7 +64,7 @@ def test_the_memory_in_table_and_recipe_is_what_the_formula_gives(size, tmp_path
     row = next(line for line in README.splitlines() if line.startswith(f"| {size} |"))
     said = [float(x) for x in re.findall(r"\d+\.?\d*(?:e9)?", row.split("|", 2)[2])]
     want = [P, a / 1e6, c / 1e3, o.micro_batch, o.max_new_tokens, 18 * P / 1e9, 11 * P / 1e9, update / 1e9, sampling / 1e9]
-    assert said[:9] == pytest.approx(want, rel=0.003)
+    assert said[:9] == pytest.approx(want, rel=0.003, abs=0.05)
     if size == "7B":  # AdamW's 8 bytes, an eighth of them on each GPU
         assert o.shard_optimizer and said[11:13] == pytest.approx([(update - 7 * P) / 1e9, (sampling - 7 * P) / 1e9], rel=0.003)
     for number in (update, sampling):
