@@ -74,11 +74,14 @@ def read_run(run_dir):
 
 
 def experiments(runs):
-    """Which runs are seeds of what: [(method, label, [steps, ...])], methods in the order of COLOURS, most seeds first."""
+    """Which runs are seeds of what: [(method, label, [steps, ...])], methods in the order of COLOURS, most seeds first.
+
+    An option that the config.json of a run lacks, for it was made before the option was, tells no runs apart.
+    """
     found = {}
     for config, steps in runs:
         kin = [other for other, _ in runs if other["method"] == config["method"]]
-        options = [k for k in config if k not in IMMATERIAL and any(other.get(k) != config[k] for other in kin)]
+        options = [k for k in config if k not in IMMATERIAL and any(other.get(k, config[k]) != config[k] for other in kin)]
         name = ", ".join([config["method"], *(f"{k} {config[k]}" for k in options)])
         found.setdefault((config["method"], name), []).append((config.get("seed"), steps))
     order = list(colours(method for method, _ in found))
