@@ -20,7 +20,7 @@ is the same with and without; the time it takes is counted as that of the update
     python theorem.py                 where it breaks: one gradient of the embedded policy, AdamW's learning rate over five decades
 
 The theorem is of first order, and the demonstration says where that ends. For the embedded policy R^2 was .999 where one update
-moved the logits by .02, .99 at .07, .79 at .2 and below 0 from .6 on; the last is a learning rate of 3e-3. In a run the mean hides
+moved the logits by .03, .98 at .09, .70 at .3 and below 0 from .7 on; the last is a learning rate of 3e-3. In a run the mean hides
 that a few states go far, and R^2 can fall earlier. The updates of a step add up: `theorem.step` says what is left of the theorem then.
 
 The batch's token covariance, which Clip-Cov and KL-Cov act on, is the same quantity seen through the sampled tokens, with the advantage
