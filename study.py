@@ -34,7 +34,7 @@ ROWS = (
     | {method: f"--method {method}" for method in losses.METHODS}
     | {
         "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
-        "grpo, 2 passes": "--method grpo --passes 2",
+        "grpo, 400 steps": "--method grpo --steps 400",
         "kl_cov, beta 1": "--method kl_cov --kl-cov-ratio 0.02 --kl-cov-beta 1",
         "kl_cov, 16 mini-batches": "--method kl_cov --kl-cov-ratio 0.02 --kl-cov-beta 1 --mini-batch 4",
         "kl_cov, 2 passes": "--method kl_cov --kl-cov-ratio 0.005 --kl-cov-beta 1 --passes 2",
@@ -43,7 +43,7 @@ ROWS = (
 )
 STUDIES = {
     "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0"]),
-    "kl_cov": (range(51, 55), ["grpo", "kl_cov", *(row for row in ROWS if row.startswith("kl_cov, "))]),
+    "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", *(row for row in ROWS if row.startswith("kl_cov, "))]),
     "methods": (range(51, 56), list(losses.METHODS)),
     "estimators": (range(51, 56), list(losses.ESTIMATORS)),
 }
