@@ -126,7 +126,12 @@ def save(policy, number, o):
     shutil.rmtree(folder, ignore_errors=True)  # of this step there can only be a damaged one
     new.rename(folder)
     sync(folder.parent)
-    for old in set(folder.parent.iterdir()) - set(checkpoints(out, number)[:KEPT]):
+    prune(out, number)
+
+
+def prune(out, last):
+    """Removes all but the last finished checkpoints up to step `last`."""
+    for old in set((out / "checkpoint").iterdir()) - set(checkpoints(out, last)[:KEPT]):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -230,6 +235,7 @@ def go_on(config, done):
     for log in ("metrics.jsonl", "samples.jsonl"):
         if (out / log).exists():
             os.truncate(out / log, read_log(out / log, done)[1])
+    prune(out, done)  # a kill may have come before the older ones were removed
     write(out / "config.json", json.dumps(config, indent=1))
 
 
