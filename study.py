@@ -2,9 +2,12 @@
 
     python study.py phenomenon             all runs of a study, then results/phenomenon.md, .json and .png
     python study.py phenomenon --seeds 1 2 fewer seeds         --table        only the table, from the runs that are there
+    python study.py shares                 other starting policies: those in which the right strategy is rarer or more common
+    python study.py sizes                  and those with fewer or more parameters; starting.py says what is made of these two
 
 A run is a process of its own with one thread, as many at a time as there are cores. A study may be
-interrupted at any time; the same command goes on with the runs that are missing.
+interrupted at any time; the same command goes on with the runs that are missing. A starting policy other than
+the embedded one is made by warmstart.py before the runs that need it.
 
 The window: of each seed, the 20 steps after the entropy of *its* GRPO run has first fallen to a tenth of
 where it started. There the entropies of a method and of GRPO are compared, as means over the window.
@@ -24,11 +27,22 @@ import eval as evaluation
 import losses
 import plot
 import rollout
+import starting
 
 HERE = Path(__file__).parent
 WINDOW = 20
 
-# Rows: what train.py is told. Studies: their seeds, none of which served for tuning, and their rows.
+# Bases: what warmstart.py is told, to make starting policies from the most common right strategy to the rarest, and of four sizes.
+# Rows: what train.py is told, and after the comma maybe the base. Studies: their seeds, none of which served for tuning, and their rows.
+BASES = {
+    "share 0.3": "--share 0.3",
+    "share 0.05": "--share 0.05",
+    "share 0.005": "--share 0.005",
+    "share 0.0001": "--share 0.0001 --wander 0.002",
+    "hidden 40": "--hidden 40",
+    "hidden 128": "--hidden 128",
+    "hidden 256": "--hidden 256",
+}
 ROWS = (
     {name: f"--method grpo --advantage {name}" for name in losses.ESTIMATORS}
     | {method: f"--method {method}" for method in losses.METHODS}
@@ -40,30 +54,50 @@ ROWS = (
         "kl_cov, 2 passes": "--method kl_cov --kl-cov-ratio 0.005 --kl-cov-beta 1 --passes 2",
         "kl_cov, 400 steps": "--method kl_cov --steps 400",
     }
+    | {f"{method}, {base}": f"--method {method} --eval-every 20" for method in starting.METHODS for base in BASES if "share" in base}
+    | {f"grpo, {base}": f"--method grpo --steps 100 --lr {3e-4 * 64 / int(base.split()[1]):.3g}" for base in BASES if "hidden" in base}
 )
 STUDIES = {
     "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0"]),
-    "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", *(row for row in ROWS if row.startswith("kl_cov, "))]),
+    "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", *(row for row in ROWS if row.startswith("kl_cov, ") and "share" not in row)]),
     "methods": (range(51, 56), list(losses.METHODS)),
     "estimators": (range(51, 56), list(losses.ESTIMATORS)),
+    "shares": (range(51, 56), [*starting.METHODS, *(row for row in ROWS if "share" in row)]),
+    "sizes": (range(51, 54), ["grpo", *(row for row in ROWS if "hidden" in row)]),
 }
+
+
+def place(name):
+    """Where a run or a base is kept."""
+    return HERE / "runs" / "study" / name.replace(", ", "_").replace(" ", "")
 
 
 def directory(row, seed):
     """Where a run is kept; studies with a row in common share its runs."""
-    return HERE / "runs" / "study" / f"{row.replace(', ', '_').replace(' ', '')}-s{seed}"
+    return place(f"{row}-s{seed}")
+
+
+def process(*command):
+    """A Python process with one thread and its last line: of what it says, or of what it complains about."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    print((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1], flush=True)
+
+
+def make_base(base):
+    """The starting policy of that name, unless it is there."""
+    if not place(base).exists():
+        process(HERE / "warmstart.py", *BASES[base].split(), "--out", place(base + " new"))
+        place(base + " new").rename(place(base))
 
 
 def run(row, seed):
-    """One run as a process with one thread, or what is missing of it. Returns its directory."""
-    out = directory(row, seed)
+    """One run, or what is missing of it."""
+    out, base = directory(row, seed), starting.base_of(row)
     if not (out / "final.json").exists():
+        model = ["--model", place(base)] if base in BASES else []
         resume = ["--resume"] if (out / "checkpoint").is_dir() else ["--overwrite"]
-        command = [sys.executable, HERE / "train.py", *ROWS[row].split(), "--seed", str(seed), "--out", out, *resume]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-        print((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1], flush=True)
-    return out
+        process(HERE / "train.py", *ROWS[row].split(), *model, "--seed", seed, "--out", out, *resume)
 
 
 def collapse(entropy):
@@ -71,10 +105,11 @@ def collapse(entropy):
     return next((i for i, H in enumerate(entropy) if H <= entropy[0] / 10), None)
 
 
-def measure(row, seed, baseline="grpo"):
-    """The figures of one run, as they stand in the table."""
-    config, steps = plot.read_run(directory(row, seed))
-    reference = [s["entropy"] for s in plot.read_run(directory(baseline, seed))[1]]
+def measure(row, seed):
+    """The figures of one run, as they stand in the table. Its window is that of GRPO from the same starting policy."""
+    _, steps = plot.read_run(directory(row, seed))
+    base = starting.base_of(row)
+    reference = [s["entropy"] for s in plot.read_run(directory(f"grpo, {base}" if base in BASES else "grpo", seed))[1]]
     entropy = [s["entropy"] for s in steps]
     final = json.loads((directory(row, seed) / "final.json").read_text())
     start = collapse(reference)
@@ -148,15 +183,30 @@ def main():
     todo = [(row, seed) for seed in o.seeds or seeds for row in rows]
     if not o.table:
         with ThreadPoolExecutor(o.jobs) as pool:
+            list(pool.map(make_base, sorted({starting.base_of(row) for row in rows} & set(BASES))))
             list(pool.map(lambda job: run(*job), todo))
     done = [job for job in todo if (directory(*job) / "final.json").exists()]
-    results = {row: [measure(*job) for job in done if job[0] == row] for row in rows}
+    report(o.study, {row: [seed for r, seed in done if r == row] for row in rows})
+
+
+def report(study, runs):
+    """results/STUDY.md, .json and .png. runs: {row: seeds that are there}."""
     out = HERE / "results"
     out.mkdir(exist_ok=True)
-    (out / f"{o.study}.json").write_text(json.dumps(results) + "\n")
-    (out / f"{o.study}.md").write_text(f"Made by `python study.py {o.study}`. {starting_policy()}\n\n" + table(results))
-    plot.curves([directory(*job) for job in done], out / f"{o.study}.png")
-    print(table(results))
+    results = {row: [measure(row, seed) for seed in seeds] for row, seeds in runs.items()}
+    text = f"Made by `python study.py {study}`. {starting_policy()}\n\n" + table(results)
+    if study in ("shares", "sizes"):
+        bases = {base: starting.describe(place(base) if base in BASES else rollout.TINY) for base in map(starting.base_of, results)}
+        if study == "shares":
+            text = starting.shares(results, bases, out)
+        else:
+            text = starting.sizes({starting.base_of(row): [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}, bases, out)
+        results |= {"bases": bases}
+    else:
+        plot.curves([directory(row, seed) for row, seeds in runs.items() for seed in seeds], out / f"{study}.png")
+    (out / f"{study}.json").write_text(json.dumps(results) + "\n")
+    (out / f"{study}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
