@@ -74,13 +74,14 @@ def base_of(row):
 # ---------------------------------------------------------------- when does collapse cost accuracy?
 
 
-def shares(results, bases, out):
+def shares(results, runs, bases, out):
     """Accuracy of every run against the share of its starting policy: shares.png, and a table as text.
 
-    results: {row: [study.measure(...)]}; bases: {name: describe(...)}; out: where the picture goes.
+    results: {row: [study.measure(...)]}; runs: {row: [steps, ...]}; bases: {name: describe(...)}; out: where the picture goes.
     """
+    results = {row: results[row] for row in runs}
     order = sorted(bases, key=lambda base: -bases[base]["share"])
-    lines = ["| starting policy | share | greedy | sampled | pass@32 | method | greedy accuracy of each seed, % | mean | pass@32 |",
+    lines = ["", "", "| starting policy | share | greedy | sampled | pass@32 | method | greedy accuracy of each seed, % | mean | pass@32 |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for base in order:
         b = bases[base]
@@ -113,13 +114,14 @@ def shares(results, bases, out):
 # ---------------------------------------------------------------- what does size do to the law?
 
 
-def sizes(runs, bases, out, width=5):
+def sizes(results, runs, bases, out, width=5):
     """The law fitted to the pooled steps of each size: sizes.png, and a table as text. Each run is fitted by itself, too.
 
-    runs: {base: [steps, ...]}. All are cut to the shortest: a and b depend on how long one looks.
+    Arguments as above. All runs are cut to the shortest: a and b depend on how long one looks.
     """
+    runs = {base_of(row): group for row, group in runs.items()}
     last = min(len(steps) for group in runs.values() for steps in group)
-    lines = ["| parameters | seeds | entropy, first step | last | a | b | ceiling -a + b | R^2 of means over 5 steps | ceiling of each seed |",
+    lines = ["", "", "| parameters | seeds | entropy, first step | last | a | b | ceiling -a + b | R^2 of means over 5 steps | ceiling of each seed |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     shown, laws = [], []
     order = sorted(runs, key=lambda base: bases[base]["parameters"])

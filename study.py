@@ -28,6 +28,7 @@ import losses
 import plot
 import rollout
 import starting
+import theorem
 
 HERE = Path(__file__).parent
 WINDOW = 20
@@ -55,15 +56,17 @@ ROWS = (
         "kl_cov, 400 steps": "--method kl_cov --steps 400",
     }
     | {f"{method}, {base}": f"--method {method} --eval-every 20" for method in starting.METHODS for base in BASES if "share" in base}
+    | {f"{method}, theorem": f"--method {method} --steps 100 --check-theorem" for method in starting.METHODS}
     | {f"grpo, {base}": f"--method grpo --steps 100 --lr {3e-4 * 64 / int(base.split()[1]):.3g}" for base in BASES if "hidden" in base}
 )
 STUDIES = {
     "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0"]),
-    "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", *(row for row in ROWS if row.startswith("kl_cov, ") and "share" not in row)]),
+    "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", "kl_cov, beta 1", "kl_cov, 16 mini-batches", "kl_cov, 2 passes", "kl_cov, 400 steps"]),
     "methods": (range(51, 56), list(losses.METHODS)),
     "estimators": (range(51, 56), list(losses.ESTIMATORS)),
     "shares": (range(51, 56), [*starting.METHODS, *(row for row in ROWS if "share" in row)]),
     "sizes": (range(51, 54), ["grpo", *(row for row in ROWS if "hidden" in row)]),
+    "theorem": (range(51, 54), [row for row in ROWS if "theorem" in row]),
 }
 
 
@@ -186,7 +189,7 @@ def main():
             list(pool.map(make_base, sorted({starting.base_of(row) for row in rows} & set(BASES))))
             list(pool.map(lambda job: run(*job), todo))
     done = [job for job in todo if (directory(*job) / "final.json").exists()]
-    report(o.study, {row: [seed for r, seed in done if r == row] for row in rows})
+    report(o.study, {row: seeds for row in rows if (seeds := [seed for r, seed in done if r == row])})
 
 
 def report(study, runs):
@@ -194,18 +197,19 @@ def report(study, runs):
     out = HERE / "results"
     out.mkdir(exist_ok=True)
     results = {row: [measure(row, seed) for seed in seeds] for row, seeds in runs.items()}
-    text = f"Made by `python study.py {study}`. {starting_policy()}\n\n" + table(results)
+    read = {row: [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}
     if study in ("shares", "sizes"):
-        bases = {base: starting.describe(place(base) if base in BASES else rollout.TINY) for base in map(starting.base_of, results)}
-        if study == "shares":
-            text = starting.shares(results, bases, out)
-        else:
-            text = starting.sizes({starting.base_of(row): [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}, bases, out)
-        results |= {"bases": bases}
+        results["bases"] = bases = {base: starting.describe(place(base) if base in BASES else rollout.TINY) for base in map(starting.base_of, read)}
+        text = (starting.shares if study == "shares" else starting.sizes)(results, read, bases, out)
+    elif study == "theorem":
+        results["theorem"] = figures = {f"{row}-s{seed}": theorem.over_run(steps) for row in read for seed, steps in zip(runs[row], read[row])}
+        theorem.draw({row: read[row][0] for row in read}, out / "theorem.png")
+        text = "```\n" + "\n".join(theorem.table(figures)) + "\n```\n"
     else:
+        text = f"{starting_policy()}\n\n{table(results)}"
         plot.curves([directory(row, seed) for row, seeds in runs.items() for seed in seeds], out / f"{study}.png")
     (out / f"{study}.json").write_text(json.dumps(results) + "\n")
-    (out / f"{study}.md").write_text(text)
+    (out / f"{study}.md").write_text(f"Made by `python study.py {study}`. {text}")
     print(text)
 
 
