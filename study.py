@@ -192,9 +192,8 @@ def main():
     report(o.study, {row: seeds for row in rows if (seeds := [seed for r, seed in done if r == row])})
 
 
-def report(study, runs):
-    """results/STUDY.md, .json and .png. runs: {row: seeds that are there}."""
-    out = HERE / "results"
+def report(study, runs, out=HERE / "results"):
+    """STUDY.md, .json and .png into `out`. runs: {row: seeds that are there}."""
     out.mkdir(exist_ok=True)
     results = {row: [measure(row, seed) for seed in seeds] for row, seeds in runs.items()}
     read = {row: [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}
