@@ -4,13 +4,15 @@
     python study.py phenomenon --seeds 1 2 fewer seeds         --table        only the table, from the runs that are there
     python study.py shares                 other starting policies: those in which the right strategy is rarer or more common
     python study.py sizes                  and those with fewer or more parameters; starting.py says what is made of these two
+    python study.py theorem                the theorem over whole runs: theorem.py
 
 A run is a process of its own with one thread, as many at a time as there are cores. A study may be
 interrupted at any time; the same command goes on with the runs that are missing. A starting policy other than
 the embedded one is made by warmstart.py before the runs that need it.
 
 The window: of each seed, the 20 steps after the entropy of *its* GRPO run has first fallen to a tenth of
-where it started. There the entropies of a method and of GRPO are compared, as means over the window.
+where it started. There the entropies of a method and of GRPO are compared, as means over the window. "In a fifth of
+the tokens" is the share of all entropy that the fifth with the highest holds, in the completions logged in the first 20 steps.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from statistics import fmean, stdev
 import data
 import eval as evaluation
 import losses
+import page
 import plot
 import rollout
 import starting
@@ -108,6 +111,12 @@ def collapse(entropy):
     return next((i for i, H in enumerate(entropy) if H <= entropy[0] / 10), None)
 
 
+def top_fifth(samples):
+    """The share of the entropy that the fifth of the tokens with the highest entropy holds (the forks of arXiv 2506.01939, figure 2)."""
+    entropy = sorted((H for line in samples for H in line["entropy"]), reverse=True)
+    return sum(entropy[: len(entropy) // 5]) / sum(entropy)
+
+
 def measure(row, seed):
     """The figures of one run, as they stand in the table. Its window is that of GRPO from the same starting policy."""
     _, steps = plot.read_run(directory(row, seed))
@@ -125,6 +134,7 @@ def measure(row, seed):
         "entropy_ratio": None if start is None else mean(entropy) / mean(reference),
         "entropy_end": fmean(entropy[-10:]),
         "entropy_min": min(entropy),
+        "top_fifth": top_fifth([line for line in page.read_samples(directory(row, seed)) if line["step"] <= WINDOW]),
         "accuracy": final["accuracy"],
         "accuracy_sampled": final["accuracy_sampled"],
         "pass": final["pass_at"][max(final["pass_at"], key=int)],
@@ -149,6 +159,7 @@ COLUMNS = {
     "in the window": ("entropy_window", "{:.3f}"),
     "against grpo's": ("entropy_ratio", "{:.1f}"),
     "last 10 steps": ("entropy_end", "{:.3f}"),
+    "in a fifth of the tokens": ("top_fifth", "{:.0%}"),
     "accuracy, greedy": ("accuracy", "{:.1%}"),
     "sampled": ("accuracy_sampled", "{:.1%}"),
     "pass@32": ("pass", "{:.1%}"),
