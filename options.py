@@ -92,8 +92,7 @@ OPTIONS = {
         ("--cov-high", number, 1000.0, "clip_cov: and below this (default 1000; published 5)"),
         ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty (default 0.01, for small batches; published 2e-3 for 7B)"),
         ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty (default 3, for the embedded task; published 1)"),
-        ("--entropy-coef", positive(float), 0.005, "entropy_bonus: weight of a nat of entropy "
-         "(default 0.005, not tuned here)"),
+        ("--entropy-coef", positive(float), 0.03, "entropy_bonus: weight of a nat of entropy (default 0.03, for the embedded task)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL to the starting policy (default 0.04, that of arXiv 2402.03300)"),
         ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of the tokens of a mini-batch that is trained on "
          "(default 0.2 for high_entropy, 0.8 for low_entropy, as published in arXiv 2506.01939)"),

@@ -57,6 +57,8 @@ ROWS = (
         "kl_cov, 16 mini-batches": "--method kl_cov --kl-cov-ratio 0.02 --kl-cov-beta 1 --mini-batch 4",
         "kl_cov, 2 passes": "--method kl_cov --kl-cov-ratio 0.005 --kl-cov-beta 1 --passes 2",
         "kl_cov, 400 steps": "--method kl_cov --steps 400",
+        "entropy_bonus, 0.005": "--method entropy_bonus --entropy-coef 0.005",
+        "kl_ref, 0.01": "--method kl_ref --kl-ref-beta 0.01",
     }
     | {f"{method}, {base}": f"--method {method} --eval-every 20" for method in starting.METHODS for base in BASES if "share" in base}
     | {f"{method}, theorem": f"--method {method} --steps 100 --check-theorem" for method in starting.METHODS}
@@ -65,7 +67,7 @@ ROWS = (
 STUDIES = {
     "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0"]),
     "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", "kl_cov, beta 1", "kl_cov, 16 mini-batches", "kl_cov, 2 passes", "kl_cov, 400 steps"]),
-    "methods": (range(51, 56), list(losses.METHODS)),
+    "methods": (range(51, 56), [*losses.METHODS, "entropy_bonus, 0.005", "kl_ref, 0.01"]),
     "estimators": (range(51, 56), list(losses.ESTIMATORS)),
     "shares": (range(51, 56), [*starting.METHODS, *(row for row in ROWS if "share" in row)]),
     "sizes": (range(51, 54), ["grpo", *(row for row in ROWS if "hidden" in row)]),
