@@ -74,35 +74,38 @@ def base_of(row):
 # ---------------------------------------------------------------- when does collapse cost accuracy?
 
 
+def accuracies(results, runs, last):
+    """Greedy accuracy of each run after `last` steps: at the end of those that end there, else by the evaluation that came then."""
+    return [r["accuracy"] if len(steps) == last else steps[last]["accuracy"] for r, steps in zip(results, runs)]
+
+
 def shares(results, runs, bases, out):
     """Accuracy of every run against the share of its starting policy: shares.png, and a table as text.
 
     results: {row: [study.measure(...)]}; runs: {row: [steps, ...]}; bases: {name: describe(...)}; out: where the picture goes.
+    Runs that are longer than the shortest are looked at where that one ends.
     """
-    results = {row: results[row] for row in runs}
-    order = sorted(bases, key=lambda base: -bases[base]["share"])
-    lines = ["", "", "| starting policy | share | greedy | sampled | pass@32 | method | greedy accuracy of each seed, % | mean | pass@32 |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for base in order:
+    last = min(len(steps) for group in runs.values() for steps in group)
+    found = {row: accuracies(results[row], runs[row], last) for row in runs}
+    lines = [f"Accuracies after {last} steps.", "", "| starting policy | share | greedy | sampled | pass@32 | method | greedy accuracy of each seed, % | mean |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for base in sorted(bases, key=lambda base: -bases[base]["share"]):
         b = bases[base]
-        for row in sorted((row for row in results if base_of(row) == base), key=lambda row: METHODS.index(row.partition(", ")[0])):
-            if runs := results[row]:
-                seeds = " ".join(f"{100 * r['accuracy']:.0f}" for r in runs)
-                lines.append(f"| {base} | {b['share']:.2%} | {b['greedy']:.1%} | {b['sampled']:.1%} | {b['pass']:.1%} | {row.partition(', ')[0]} "
-                             f"| {seeds} | {fmean(r['accuracy'] for r in runs):.1%} | {fmean(r['pass'] for r in runs):.1%} |")  # fmt: skip
+        for row in sorted((row for row in found if base_of(row) == base), key=lambda row: METHODS.index(row.partition(", ")[0])):
+            seeds = " ".join(f"{100 * x:.0f}" for x in found[row])
+            lines.append(f"| {base} | {b['share']:.2%} | {b['greedy']:.1%} | {b['sampled']:.1%} | {b['pass']:.1%} | {row.partition(', ')[0]} "
+                         f"| {seeds} | {fmean(found[row]):.1%} |")  # fmt: skip
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(13, 8), layout="constrained")
         axis = figure.add_subplot()
         for i, method in enumerate(METHODS):
-            known = [(bases[base_of(row)]["share"], [r["accuracy"] for r in runs])
-                     for row, runs in results.items() if row.partition(", ")[0] == method and runs]  # fmt: skip
-            known.sort()
+            known = sorted((bases[base_of(row)]["share"], ys) for row, ys in found.items() if row.partition(", ")[0] == method)
             aside = 1.06 ** (i - 1)  # side by side, or they would hide each other
             axis.plot([x * aside for x, _ in known], [fmean(y) for _, y in known], color=plot.COLOURS[method], linewidth=4, label=method)
             for x, ys in known:
                 axis.plot([x * aside] * len(ys), ys, "o", color=plot.COLOURS[method], alpha=0.5, markersize=10)
         axis.plot(*zip(*sorted((b["share"], b["greedy"]) for b in bases.values())), color="#888888", linestyle=":", linewidth=3, label="before training")
-        axis.set(xscale="log", ylim=(0, 1.03), xlabel="share of the right strategy in the starting policy, logarithmic", ylabel="held-out accuracy, greedy",
+        axis.set(xscale="log", ylim=(0, 1.03), xlabel="share of the right strategy in the starting policy, logarithmic", ylabel=f"held-out accuracy after {last} steps, greedy",
                  title="When does collapse cost accuracy?")  # fmt: skip
         axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:.2%}" if x < 0.01 else f"{x:.0%}")

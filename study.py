@@ -60,7 +60,7 @@ ROWS = (
         "entropy_bonus, 0.005": "--method entropy_bonus --entropy-coef 0.005",
         "kl_ref, 0.01": "--method kl_ref --kl-ref-beta 0.01",
     }
-    | {f"{method}, {base}": f"--method {method} --eval-every 20" for method in starting.METHODS for base in BASES if "share" in base}
+    | {f"{method}, {base}": f"--method {method} --steps 100 --eval-every 20" for method in starting.METHODS for base in BASES if "share" in base}
     | {f"{method}, theorem": f"--method {method} --steps 100 --check-theorem" for method in starting.METHODS}
     | {f"grpo, {base}": f"--method grpo --steps 100 --lr {3e-4 * 64 / int(base.split()[1]):.3g}" for base in BASES if "hidden" in base}
 )

@@ -60,10 +60,14 @@ def test_sizes_recovers_the_law_that_the_runs_obey(tmp_path):
 
 def test_shares_has_a_row_for_each_base_and_method_common_first(tmp_path):
     bases = {base: {"share": s, "greedy": 0.5, "sampled": 0.25, "pass": 0.9} for base, s in (("rare", 0.001), ("common", 0.3))}
-    results = {f"{m}, {b}": [{"accuracy": x, "pass": x} for x in (0.5, 0.7)] for b in bases for m in ("clip_cov", "grpo")}
-    rows = starting.shares(results, results, bases, tmp_path).strip().splitlines()[2:]
+    results = {f"{m}, {b}": [{"accuracy": x} for x in (0.5, 0.7)] for b in bases for m in ("clip_cov", "grpo")}
+    runs = {row: [[{}] * 3, [{}] * 3] for row in results}
+    runs["grpo, common"][1] = [{}, {}, {}, {"accuracy": 0.6}, {}]  # a longer run counts as it was after 3 steps
+    text = starting.shares(results, runs, bases, tmp_path)
+    rows = [line for line in text.splitlines() if "%" in line][1:]
     assert [row.split("|")[1].strip() + row.split("|")[6] for row in rows] == ["common grpo ", "common clip_cov ", "rare grpo ", "rare clip_cov "]
-    assert "| 50 70 | 60.0% |" in rows[0]
+    assert "| 50 60 | 55.0% |" in rows[0] and "| 50 70 | 60.0% |" in rows[1]
+    assert "after 3 steps" in text
     assert (tmp_path / "shares.png").stat().st_size > 10_000
 
 
