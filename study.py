@@ -45,7 +45,6 @@ BASES = {
     "share 0.0001": "--share 0.0001 --wander 0.002",
     "hidden 40": "--hidden 40",
     "hidden 128": "--hidden 128",
-    "hidden 256": "--hidden 256",
 }
 ROWS = (
     {name: f"--method grpo --advantage {name}" for name in losses.ESTIMATORS}
@@ -67,7 +66,8 @@ ROWS = (
 STUDIES = {
     "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0"]),
     "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", "kl_cov, beta 1", "kl_cov, 16 mini-batches", "kl_cov, 2 passes", "kl_cov, 400 steps"]),
-    "methods": (range(51, 56), [*losses.METHODS, "entropy_bonus, 0.005", "kl_ref, 0.01"]),
+    "methods": (range(51, 56), list(losses.METHODS)),
+    "weights": (range(51, 56), ["grpo", "entropy_bonus, 0.005", "entropy_bonus", "kl_ref, 0.01", "kl_ref"]),
     "estimators": (range(51, 56), list(losses.ESTIMATORS)),
     "shares": (range(51, 56), [*starting.METHODS, *(row for row in ROWS if "share" in row)]),
     "sizes": (range(51, 54), ["grpo", *(row for row in ROWS if "hidden" in row)]),
