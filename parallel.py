@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 import entropy as entropies
 
+PARCEL = 2**25  # numbers, 128 MiB in fp32: gradients that travel together, for each exchange takes its time, however small
+
 
 def world():
     """(rank, number of processes); (0, 1) without torchrun."""
@@ -68,13 +70,32 @@ def share(function, *lists):
     return whole
 
 
+def interleave(mine, count):
+    """Rows (count, ...) alike on all n processes, of which this one has rows rank, rank + n, ...: one exchange of one tensor each."""
+    n = world()[1]
+    if n == 1:
+        return mine
+    part = mine.new_zeros(-(-count // n), *mine.shape[1:])  # as many rows for each
+    part[: len(mine)] = mine
+    parts = [torch.empty_like(part) for _ in range(n)]
+    dist.all_gather(parts, part)
+    return torch.stack(parts, 1).flatten(0, 1)[:count]
+
+
 def sum_gradients(model):
     """Adds up the gradients of all processes; the loss is over the whole mini-batch, so no division follows."""
+    parcels = [[]]
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if dist.is_initialized():
-                dist.all_reduce(p.grad)
+            if parcels[-1] and sum(g.numel() for g in parcels[-1]) + p.numel() > PARCEL:
+                parcels.append([])
+            parcels[-1].append(p.grad)
+    for parcel in parcels if world()[1] > 1 else []:
+        total = torch.cat([g.flatten() for g in parcel]) if len(parcel) > 1 else parcel[0].flatten()  # alone, it is not copied
+        dist.all_reduce(total)
+        for g, part in zip(parcel, total.split([g.numel() for g in parcel])):
+            g.copy_(part.view_as(g))
 
 
 def adamw(model, o):
@@ -103,29 +124,17 @@ def autocast(o):
     return torch.autocast("cuda", torch.bfloat16) if o.device == "cuda" else contextlib.nullcontext()
 
 
-def pad(rows, width):
-    """A list of 1-D tensors as (B, width), zeros behind."""
-    out = torch.zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
 def score(model, prompts, completions, temperature, o):
     """Log-prob and entropy of every completion token, without gradient: two tensors (B, T) on the CPU, alike on all processes."""
-
-    def mine(prompts, completions):
-        rows = [None] * len(prompts)
-        for group in micro_batches(prompts, completions, o.micro_batch):
-            with torch.no_grad(), autocast(o):
-                logp, ent = entropies.score(model, [prompts[i] for i in group], [completions[i] for i in group], temperature)
-            for i, row in zip(group, torch.stack((logp, ent), 1).cpu()):
-                rows[i] = row[:, : len(completions[i])].clone()  # (2, length)
-        return rows
-
-    rows = share(mine, prompts, completions)
-    width = max(map(len, completions))
-    return pad([row[0] for row in rows], width), pad([row[1] for row in rows], width)
+    rank, n = world()
+    mine = range(len(prompts))[rank::n]
+    rows = torch.zeros(len(mine), 2, max(map(len, completions)))
+    for group in micro_batches([prompts[i] for i in mine], [completions[i] for i in mine], o.micro_batch):
+        with torch.no_grad(), autocast(o):
+            logp, ent = entropies.score(model, [prompts[mine[i]] for i in group], [completions[mine[i]] for i in group], temperature)
+        rows[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
+    logp, ent = interleave(rows, len(prompts)).unbind(1)
+    return logp.contiguous(), ent.contiguous()
 
 
 def backward(model, prompts, completions, dlogp, dentropy, o):
