@@ -1,9 +1,10 @@
-"""How much more two processes of one thread each do than one process of one thread: side by side, in one run.
+"""How much more two processes of one thread each do than one process of one thread, for policies of several widths.
 
-    python tests/bench/ranks.py [--pairs 3]
+    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]     writes results/ranks.json
 
-Runs of one and of two processes alternate; the figure is the ratio of their median seconds a step, without the first step.
-Meaningful on a machine with two idle cores only; the load is printed beside it.
+Width 64 is the embedded policy (75,000 parameters) under grpo with the default options. The others are as deep, wider and have
+random weights, which no reward would ever move: there entropy_bonus makes the gradient. Runs of one and of two processes alternate; the figure is the
+ratio of their median seconds a step, without the first step. Meaningful only where two cores are idle; the load is noted beside it.
 """
 
 import argparse
@@ -18,27 +19,49 @@ from statistics import median
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def seconds(ranks, steps, out):
+def widened(width, folder):
+    """The embedded policy's architecture and tokenizer with another width, its weights random. Returns the number of parameters."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")
+    config.update({"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // config.num_attention_heads})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def seconds(ranks, work, out):
     """Seconds of each step but the first."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", ROOT / "train.py", "--method", "grpo",
-               "--steps", steps, "--eval-every", 1000, "--eval-limit", 16, "--final-samples", 2, "--device", "cpu", "--out", out]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", ROOT / "train.py", *work,
+               "--eval-every", 1000, "--eval-limit", 2, "--final-samples", 2, "--device", "cpu", "--out", out]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
-    return [json.loads(line)["seconds"]["total"] for line in open(out / "metrics.jsonl")][1:]
+    return [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")][1:]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
     o = parser.parse_args()
-    taken = {1: [], 2: []}
-    with tempfile.TemporaryDirectory() as folder:
-        for pair in range(o.pairs):
-            for ranks in (1, 2):
-                taken[ranks] += seconds(ranks, o.steps, pathlib.Path(folder, f"{ranks}-{pair}"))
-                print(f"pair {pair + 1}, {ranks} process{'es' * (ranks > 1)}: {median(taken[ranks]):.3f} s a step, load {os.getloadavg()[0]:.1f}", flush=True)
-    print(f"two processes do {median(taken[1]) / median(taken[2]):.2f} times the work of one")
+    figures = []
+    for width in o.widths:
+        taken = {1: [], 2: []}
+        with tempfile.TemporaryDirectory() as folder:
+            parameters = widened(width, folder)
+            work = ["--method", "grpo"] if width == 64 else ["--method", "entropy_bonus", "--model", folder, "--prompts", 32, "--mini-batch", 16]
+            for pair in range(o.pairs):
+                for ranks in (1, 2):
+                    taken[ranks] += seconds(ranks, [*work, "--steps", o.steps], pathlib.Path(folder, f"{ranks}-{pair}"))
+        one, two = ({part: median(step[part] for step in taken[ranks]) for part in taken[1][0]} for ranks in (1, 2))
+        figures.append({"width": width, "parameters": parameters, "seconds_of_one": one, "seconds_of_two": two,
+                        "times_the_work": one["total"] / two["total"], "load": os.getloadavg()[0]})  # fmt: skip
+        print(f"width {width}, {parameters:,} parameters: {one['total']:.3f} s a step with one process, {two['total']:.3f} with two:"
+              f" {one['total'] / two['total']:.2f} times the work (load {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
+    rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.3g}"))
+    (ROOT / "results" / "ranks.json").write_text(json.dumps(rounded, indent=1) + "\n")
 
 
 if __name__ == "__main__":
