@@ -42,8 +42,8 @@ class Worker:
     def __init__(self, deadline, memory):
         self.deadline = deadline
         command = [sys.executable, os.path.abspath(__file__), "--worker", str(deadline), str(memory)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        start_new_session=True)     # signals to its parent's group are not for it
         ready = self._line(START)
         if ready != "ready":
             self.kill()
@@ -152,7 +152,8 @@ def serve(deadline, memory):
     import signal
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                              # what libraries print must not reach the parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is the parent's business
+    for number in (signal.SIGINT, signal.SIGTERM):   # the parent's business: it finishes its step, and needs the verdicts
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)    # default action: the kernel ends this process
     say = lambda value: print(json.dumps(value), file=channel, flush=True)
     try:

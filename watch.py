@@ -1,6 +1,6 @@
 """Watching a run: what ends it in good order, what stops it, and what it warns of.
 
-    Ctrl-C, SIGTERM         the step is finished, a checkpoint saved, and a line says how to go on; the second time, at once
+    Ctrl-C, SIGTERM         the step is finished, a checkpoint saved, and a line says how to go on; once more, at once
     --max-hours             likewise
     --stop-when-entropy     the run is over: the final evaluation follows
     not finite              an update whose loss or gradient is not finite is skipped; ten in a row stop the run
@@ -23,6 +23,7 @@ from checkpoint import RunError
 from parallel import world
 
 IN_A_ROW = 10  # skipped updates in a row that stop a run
+ECHO = 2.0  # seconds: a scheduler signals torchrun and its processes, torchrun passes it on, and all this is one wish
 
 HOLD = {"clip_cov": "--clip-cov-ratio", "kl_cov": "--kl-cov-ratio or --kl-cov-beta"}  # method: the option that says how much entropy it keeps
 
@@ -33,14 +34,18 @@ class Broken(RuntimeError):
 
 @contextlib.contextmanager
 def signals(speak):
-    """A list to which SIGINT and SIGTERM are added as they come; the second of a kind acts at once."""
-    received, before = [], {}
+    """A list to which SIGINT and SIGTERM are added when they come; one that comes more than ECHO seconds after the first acts at once."""
+    received, before, first = [], {}, []
 
     def handler(number, frame):
-        received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        if speak:  # not by print, which a signal may have interrupted
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once\n".encode())
+        first.append(time.monotonic())
+        if time.monotonic() - first[0] > ECHO:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not received:
+            received.append(number)
+            if speak:  # not by print, which a signal may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step; once more, {ECHO:g} seconds from now, stops at once\n".encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handler)

@@ -11,7 +11,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -389,18 +391,49 @@ def test_whatever_the_policy_keeps_is_saved_and_restored(four, tmp_path):
 # ---------------------------------------------------------------- as commands
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def signalled(out, argv, number, launcher=(), to_all=False):
+    """train.py as a command that gets a signal when the first line of metrics.jsonl is there: (exit status, standard output, standard error)."""
+    command = [sys.executable, *launcher, train.__file__, *argv, "--out", out]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    those = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in read(path)] if to_all else [process.pid]
+    for pid in those:
+        os.kill(int(pid), number)
+    return *process.communicate(timeout=300), process.returncode
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # it has just ended
+
+
 @pytest.mark.slow
 def test_the_command_itself_stops_and_goes_on(tmp_path):
-    """Ctrl-C, as a process of its own: the signal comes when the first line of metrics.jsonl is there."""
-    argv = ["--method", "kl_cov", *SHORT, "--steps", "40"]
-    command = [sys.executable, train.__file__, *argv, "--out", tmp_path / "run"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and log.stat().st_size) and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "Traceback" not in err and "--resume" in out, err
+    argv = ["--method", "kl_cov", *SHORT, "--steps", "20"]
+    out, err, status = signalled(tmp_path / "run", argv, signal.SIGINT)
+    assert status == 130 and "Traceback" not in err and "--resume" in out, err
     assert subprocess_of(*argv, "--resume", "--out", tmp_path / "run").returncode == 0
     assert subprocess_of(*argv, "--out", tmp_path / "whole").returncode == 0
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_go_on_whoever_gets_the_signal(tmp_path):
+    """torchrun passes Ctrl-C and SIGTERM on to its processes; a scheduler signals all of them besides."""
+    argv = ["--method", "kl_cov", *SHORT, "--steps", "12", "--save-every", "99"]
+    assert subprocess_of(*argv, "--out", tmp_path / "whole", launcher=TORCHRUN).returncode == 0
+    for number, to_all in ((signal.SIGINT, False), (signal.SIGTERM, True)):
+        run = tmp_path / number.name
+        out, err, _ = signalled(run, argv, number, TORCHRUN, to_all)
+        done = len(metrics(run))
+        assert done < 12 and [path.name for path in (run / "checkpoint").iterdir()] == [f"step-{done}"], err
+        assert out.count(f"stopped by {number.name} after step {done}") == 1 and "--resume" in out and "train.py: error" not in err
+        assert subprocess_of(*argv, "--resume", "--out", run, launcher=TORCHRUN).returncode == 0
+        assert metrics(run) == metrics(tmp_path / "whole")

@@ -274,6 +274,18 @@ def test_workers_die_with_their_parent_even_if_it_is_killed(answer):
     os.close(worker)
 
 
+def test_a_run_that_was_asked_to_stop_still_gets_the_verdicts_of_its_step(pool):
+    """A scheduler signals every process, torchrun and the terminal whole groups: workers stand apart and wait for their parent's end."""
+    pool.ask(("x+1", "1+x"))
+    worker, broken = pool.idle.get(), pool.broken
+    pool.idle.put(worker)
+    assert os.getpgid(worker.process.pid) == worker.process.pid
+    for number in (signal.SIGTERM, signal.SIGINT):
+        worker.process.send_signal(number)
+    assert pool.map([("x+1", "1+x"), ("x+1", "x+2")]) == [True, False]
+    assert pool.broken == broken and worker.process.poll() is None
+
+
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_reward_of_zero(monkeypatch):
     monkeypatch.setattr("grader.subprocess.Popen", lambda command, **options: REAL_POPEN([sys.executable, "-c", "pass"], **options))
     with pytest.raises(RuntimeError, match="grader"):

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -139,6 +140,22 @@ def test_entropy_below_a_tenth_or_above_twice_the_first_is_said_once_with_the_op
         assert "more than twice" in line and "--lr" in line and (method == "grpo" or option in line)
         assert not remarks(o, said=said, entropy=2.2)
     assert not remarks(first=None) and not remarks(entropy=None)
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_a_wish_to_stop_that_comes_by_several_ways_is_one_and_one_that_is_repeated_later_acts_at_once(capfd, monkeypatch):
+    with watch.signals(True) as received:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert received == [signal.SIGTERM]
+        assert capfd.readouterr().err.count("stopping after this step") == 1
+        monkeypatch.setattr(watch, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # ---------------------------------------------------------------- memory
