@@ -35,7 +35,7 @@ def seconds(ranks, work, out):
     """Seconds of each step but the first."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", ROOT / "train.py", *work,
                "--eval-every", 1000, "--eval-limit", 2, "--final-samples", 2, "--device", "cpu", "--out", out]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
     return [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")][1:]
 
