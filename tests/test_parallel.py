@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 import random
+import socket
 import subprocess
 import sys
 
@@ -372,6 +373,26 @@ def test_the_first_steps_of_a_sharded_optimizer_are_those_of_a_whole_one(work_of
     assert state[0]["state"].keys() == state[1]["state"].keys()
     for i in state[0]["state"]:
         assert all(torch.equal(state[0]["state"][i][name], state[1]["state"][i][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.slow
+def test_the_command_for_several_nodes_in_the_readme_has_the_metrics_of_one_process(tmp_path):
+    """Two nodes of one process each, both on this machine; all but the number of processes and the address is README's."""
+    (command,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("torchrun --nnodes=2")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = command.split(" train.py ")[0].replace("nproc_per_node=8", "nproc_per_node=1").replace("node0:29500", f"127.0.0.1:{port}").split()[1:]
+    assert f"--rdzv_endpoint=127.0.0.1:{port}" in launcher and "--nproc_per_node=1" in launcher
+    argv = [ROOT / "train.py", *SHORT, "--method", "kl_cov", "--out"]
+    words = [sys.executable, "-m", "torch.distributed.run", *launcher, *argv, tmp_path / "nodes"]
+    nodes = [subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum(text.count("kl_cov, 2 steps in") for text in said) == 1
+    subprocess.run(list(map(str, [sys.executable, *argv, tmp_path / "one"])), check=True, capture_output=True, timeout=300)
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "nodes"), strict=True):
+        a.pop("seconds"), b.pop("seconds")
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
 
 
 def test_only_one_of_the_processes_speaks(work_of_several):
