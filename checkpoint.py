@@ -13,10 +13,12 @@ All randomness follows from (seed, step, purpose), so there are no generator sta
 Only rank 0 reads and writes the logs; with several nodes, --out is a folder that all of them see.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -90,6 +92,8 @@ def begin(config):
     out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
     take(out)
+    if (out / "metrics.jsonl").stat().st_size and not (config["resume"] or config["overwrite"]):
+        raise RunError(f"--out: another process has begun a run in {out} meanwhile")
     (out / "metrics.jsonl").write_text("")
     (out / "config.json").unlink(missing_ok=True)
     for path in out.iterdir():
@@ -106,6 +110,18 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def whole_or_none(folder):
+    """Removes the folder that is written within if that fails, and raises OSError: a full disk has many names, among them
+    OSError, SafetensorError, torch's RuntimeError and tokenizers' Exception."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"{folder}: {(str(error) or type(error).__name__).splitlines()[0]}; {free:.1f} MiB were free there") from error
+
+
 def save(policy, number, o):
     """checkpoint/step-NUMBER: all that the next step needs. Called by all processes. Raises OSError if it cannot be written."""
     for part in policy.kept.values():
@@ -116,13 +132,10 @@ def save(policy, number, o):
     out, folder = Path(o.out), Path(o.out) / "checkpoint" / f"step-{number}"
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    try:
+    with whole_or_none(new):
         write_checkpoint(policy, number, new)
         for log in ("metrics.jsonl", "samples.jsonl"):
             sync(out / log)
-    except Exception as error:  # a full disk has many names: OSError, SafetensorError, torch's RuntimeError, tokenizers' Exception
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"{new}: {str(error).splitlines()[0]}") from error
     shutil.rmtree(folder, ignore_errors=True)  # of this step there can only be a damaged one
     new.rename(folder)
     sync(folder.parent)
@@ -152,7 +165,7 @@ def write_checkpoint(policy, number, folder):
 
 def checkpoints(out, last=sys.maxsize):
     """Folders of finished checkpoints up to step `last`, whole or damaged, the latest first."""
-    number = lambda path: int(path.name.removeprefix("step-")) if path.name.removeprefix("step-").isdigit() else -1
+    number = lambda path: int(path.name.removeprefix("step-")) if path.name.removeprefix("step-").isdecimal() else -1
     found = [path for path in Path(out, "checkpoint").glob("*") if path.suffix != ".new" and number(path) <= last]
     return sorted(found, key=number, reverse=True)
 
@@ -160,10 +173,11 @@ def checkpoints(out, last=sys.maxsize):
 def damage(folder):
     """What is wrong with a checkpoint, or None."""
     try:
-        for name, expected in json.loads((folder / "sums.json").read_text()).items():
+        sums = json.loads((folder / "sums.json").read_text())
+        for name, expected in {"state.pt": None, **sums}.items():
             if checksum(folder / name) != expected:
                 return f"the checksum of {name} is wrong"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{getattr(error, 'filename', None) or 'sums.json'} cannot be read"
     return None
 
@@ -199,8 +213,8 @@ def refuse_changes(out, o):
     """Raises RunError where an option would make another run of the one that --out holds."""
     try:
         old = json.loads((out / "config.json").read_text())
-        steps = int(old["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        steps, _ = int(old["steps"]), dict(old["content"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise RunError(f"--resume: {out}/config.json cannot be read; begin anew with --overwrite") from None
     option = lambda name: "--" + name.replace("_", "-")
     changed = [f"{option(name)} {old[name]}, not {value}" for name, value in vars(o).items() if name not in FREE and old.get(name, value) != value]
@@ -218,7 +232,7 @@ def read_log(path, last):
             row = json.loads(line) if line.endswith(b"\n") else {"step": sys.maxsize}
             if row["step"] > last:
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         lines.append(row)
         size += len(line)
@@ -230,7 +244,7 @@ def go_on(config, done):
     out = Path(config["out"])
     old = json.loads((out / "config.json").read_text())
     for name, digest in config["content"].items():
-        if old["content"][name] != digest:
+        if old["content"].get(name) != digest:
             raise RunError(f"--resume: the problems of --{name.replace('_', '-')} are not those that the run in {out} began with")
     for log in ("metrics.jsonl", "samples.jsonl"):
         if (out / log).exists():
@@ -240,13 +254,19 @@ def go_on(config, done):
 
 
 def restore(policy, folder):
-    """State of a checkpoint's optimizer, and of all else in policy.kept."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    policy.rounds, policy.bad_updates = state["rounds"], state["bad_updates"]
-    for name, part in policy.kept.items():
-        part.load_state_dict(state[name])
-        for p, moments in getattr(part, "optim", part).state.items() if hasattr(part, "param_groups") else ():
-            moments["step"] = moments["step"].to(p.device)  # the sharded optimizer leaves it on the CPU, fused AdamW wants it here
+    """State of a checkpoint's optimizer, and of all else in policy.kept. Raises RunError if it is not that of this policy."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        policy.rounds, policy.bad_updates = state["rounds"], state["bad_updates"]
+        for name, part in policy.kept.items():
+            part.load_state_dict(state[name])
+            for p, moments in getattr(part, "optim", part).state.items() if hasattr(part, "param_groups") else ():
+                moments["step"] = moments["step"].to(p.device)  # the sharded optimizer leaves it on the CPU, fused AdamW wants it here
+                if moments["exp_avg"].shape != p.shape:
+                    raise ValueError("moments of another shape")
+    except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"--resume: {folder}/state.pt is not the state of this run ({what}); begin anew with --overwrite") from error
 
 
 # ---------------------------------------------------------------- the end
@@ -255,8 +275,9 @@ def restore(policy, folder):
 def conclude(policy, greedy, sampled, first, last, seconds, o):
     """model/, curves.png, final.json, and the line that says what happened. greedy, sampled: eval.summary of the final policy."""
     out = Path(o.out)
-    policy.model.save_pretrained(out / "model")
-    policy.tokenizer.save_pretrained(out / "model")
+    with whole_or_none(out / "model"):
+        policy.model.save_pretrained(out / "model")
+        policy.tokenizer.save_pretrained(out / "model")
     plot.curves([out], out / "curves.png")
     final = {"accuracy": greedy["accuracy"], "accuracy_sampled": sampled["accuracy"], "pass_at": sampled["pass"]}
     write(out / "final.json", json.dumps(final, indent=1))  # last: by this a run is known to be over

@@ -110,10 +110,15 @@ OPTIONS = {
 
 
 def refuse(message):
-    """One line on standard error, from one process, and exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: error: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error and exit status 2."""
+    say(f"error: {' '.join(message.split())}")
     sys.exit(2)
+
+
+def say(line):
+    """A line on standard error, from one process of each node: what is wrong may be so on one of them only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"train.py: {line}", file=sys.stderr)
 
 
 def command_line():
@@ -167,8 +172,8 @@ def options(argv=None):
     if o.prompts % o.mini_batch:
         parser.error(f"argument --mini-batch: takes a divisor of --prompts {o.prompts}, got {o.mini_batch}")
     if o.method == "kl_cov" and o.prompts == o.mini_batch and o.passes == 1:
-        print("train.py: warning: kl_cov with one update for each rollout batch is plain policy gradient: its penalty "
-              "|logp - old_logp| has no gradient before the policy has moved; take a smaller --mini-batch or more --passes", file=sys.stderr)  # fmt: skip
+        say("warning: kl_cov with one update for each rollout batch is plain policy gradient: its penalty |logp - old_logp| "
+            "has no gradient before the policy has moved; take a smaller --mini-batch or more --passes")  # fmt: skip
     if o.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no GPU that PyTorch can use; take cpu")
     if o.cov_low >= o.cov_high:
@@ -185,6 +190,10 @@ def options(argv=None):
 def check_out(o):
     """That --out can be a run directory, and is one if there is something to resume. Raises ValueError or OSError if not."""
     out = Path(o.out)
+    o.out.encode()  # a name that is not UTF-8 could not be written into config.json, nor by safetensors
+    sources = [Path(name).resolve() for name in (o.model, o.data, o.eval_data) if o.overwrite and os.path.exists(name)]
+    if lost := [str(path) for path in sources if path.is_relative_to(out.resolve())]:
+        raise ValueError(f"--overwrite would remove {lost[0]}, which the run needs; take another directory")
     if os.path.lexists(out / "metrics.jsonl"):
         if not (o.resume or o.overwrite):
             raise ValueError("already holds a run; take --resume, --overwrite or another directory")

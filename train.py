@@ -279,9 +279,9 @@ def train(o):
     started = time.time()
     checkpoint, lines = leader(find, o)
     policy, problems, held_out = together(load, o, checkpoint)
-    leader(go_on, policy.config, len(lines)) if checkpoint else leader(begin, policy.config)
     if checkpoint:
-        restore(policy, checkpoint)
+        together(restore, policy, checkpoint)
+    leader(go_on, policy.config, len(lines)) if checkpoint else leader(begin, policy.config)
     if o.check_theorem and world()[0] == 0:
         policy.probe = theorem.open_probe(policy, held_out, o)
     first, last, interrupted = loop(policy, problems, held_out, lines, started, o)

@@ -19,7 +19,7 @@ import torch
 
 import data
 import rollout
-from checkpoint import RunError
+from checkpoint import RunError, checkpoints
 from parallel import world
 
 IN_A_ROW = 10  # skipped updates in a row that stop a run
@@ -123,21 +123,22 @@ def sizes(o):
 
 def ending(run, o):
     """run(o), and its exit status: 2 for what the user gave, 1 for what went wrong meanwhile, each with one line on standard error."""
-    whole = f"what {o.out}/checkpoint holds is whole: --resume goes on from there"
+    saved = lambda: (f"what {o.out}/checkpoint holds is whole: --resume goes on from there" if checkpoints(o.out)
+                     else "no checkpoint was saved yet: --overwrite begins anew")  # fmt: skip
     try:
         return run(o)
     except (data.DataError, rollout.PolicyError, RunError) as error:
         status, line = 2, str(error)
     except OSError as error:
-        status, line = 1, f"{error}; {whole}"
+        status, line = 1, f"{error}; {saved()}"
     except Broken as error:
         status, line = 1, str(error)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        sys.exit(print(f"train.py: error: {sizes(o)}; {whole}", file=sys.stderr) or 1)  # of this process alone
+        sys.exit(print(f"train.py: error: {sizes(o)}; {saved()}", file=sys.stderr) or 1)  # of this process alone
     except KeyboardInterrupt:
-        status, line = 130, f"stopped at once; {whole}"
+        status, line = 130, f"stopped at once; {saved()}"
     if world()[0] == 0:
         print(f"train.py: error: {line}", file=sys.stderr)
     return status

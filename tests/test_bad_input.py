@@ -65,6 +65,9 @@ def checkpoints(folder):
         (made / "evil.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
 
     (folder / "hollow").mkdir()
+    shutil.copytree(rollout.TINY, folder / "run-before" / "model")
+    (folder / "run-before" / "metrics.jsonl").write_text("{}\n")
+    (folder / "run-before" / "good.jsonl").write_text(ROW)
     variant("noconfig", config=None)
     variant("tornconfig", config=b'{"model_type": ')
     variant("latinconfig", config=b'{"model_type": "caf\xe9"}')
@@ -207,6 +210,9 @@ WRONG = {
     "an --out that leads nowhere": ("--out dangling", "--out", "dangling"),
     "an --out with a name too long": ("--out " + "x" * 300, "--out"),
     "nothing to resume": ("--resume", "--out", "--resume"),
+    "an --out that is not UTF-8": ("--out caf\udce9", "--out", "utf-8"),
+    "to overwrite the model that one begins with": ("--overwrite --out run-before --model run-before/model", "--overwrite", "run-before/model"),
+    "to overwrite the problems": ("--overwrite --out run-before --data run-before/good.jsonl", "--overwrite", "run-before/good.jsonl"),
     "to resume and to overwrite": ("--resume --overwrite", "--resume", "--overwrite"),
 }
 

@@ -212,6 +212,8 @@ DAMAGE = {
     "a tokenizer that is gone": ("tokenizer.json", lambda path: path.unlink()),
     "no sums": ("sums.json", lambda path: path.unlink()),
     "sums that are none": ("sums.json", lambda path: path.write_text("[]")),
+    "sums nested without end": ("sums.json", lambda path: path.write_text("[" * 100_000)),
+    "sums that leave out the state": ("state.pt", lambda path: (path.parent / "sums.json").write_text("{}")),
 }
 
 
@@ -242,6 +244,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(four, tmp_p
 
 
 def one_line(status, said):
+    said = "\n".join(line for line in said.splitlines() if "parameters on cpu" not in line)  # a state is read when the policy is there
     said = said.replace(f"events {said.rsplit('events ', 1)[-1].strip()}", "").strip()
     assert status == 2 and "Traceback" not in said and len([line for line in said.splitlines() if "warning" not in line]) == 1, said
     return said
@@ -251,6 +254,24 @@ def tree(folder):
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def forge(change):
+    """Alters the state of a run's last checkpoint, sums and all."""
+
+    def harm(out):
+        folder = out / "checkpoint" / "step-4"
+        torch.save(change(torch.load(folder / "state.pt", weights_only=True)), folder / "state.pt")
+        sums = json.loads((folder / "sums.json").read_text()) | {"state.pt": checkpoint.checksum(folder / "state.pt")}
+        (folder / "sums.json").write_text(json.dumps(sums))
+
+    return harm
+
+
+def smaller(state):
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"][:1]
+    return state
+
+
 BROKEN = {
     "both checkpoints": (lambda out: [flip(path / "state.pt") for path in (out / "checkpoint").iterdir()], "no checkpoint"),
     "a log that lacks a step": (lambda out: (out / "metrics.jsonl").write_text("".join((out / "metrics.jsonl").read_text().splitlines(True)[1:])),
@@ -258,6 +279,11 @@ BROKEN = {
     "an empty log": (lambda out: (out / "metrics.jsonl").write_text(""), "metrics.jsonl"),
     "config.json": (lambda out: (out / "config.json").write_text("{"), "config.json"),
     "a config.json of something else": (lambda out: (out / "config.json").write_text("[]"), "config.json"),
+    "a config.json that lacks something": (lambda out: (out / "config.json").write_text('{"steps": 4}'), "config.json"),
+    "a log nested without end": (lambda out: (out / "metrics.jsonl").write_text("[" * 100_000 + "\n"), "steps 1 to 4"),
+    "a state of other things": (forge(lambda state: {"step": 4}), "step-4/state.pt"),
+    "a state of another kind": (forge(lambda state: [4]), "step-4/state.pt"),
+    "moments of another shape": (forge(smaller), "step-4/state.pt"),
 }  # fmt: skip
 
 
@@ -269,6 +295,27 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_was(four, tmp_pat
     status, said, _ = run(out, "--method", "grpo", "--resume")
     assert word in one_line(status, said)
     assert tree(out) == before
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(four, tmp_path):
+    out = copy(four, tmp_path / "run")
+    for name in ("step-\u00b2", "step-9.new", "step-", "notes"):
+        (out / "checkpoint" / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(out)][:2] == ["step-4", "step-3"]
+    assert "damaged" not in resumed(out, "grpo")
+    same(four, out)
+
+
+def test_a_run_that_another_process_has_begun_and_ended_meanwhile_is_not_replaced(four, tmp_path):
+    """Both found no run in --out when they started; the quicker one had it to itself."""
+    out = copy(four, tmp_path / "run")
+    before, config = tree(out), json.loads((out / "config.json").read_text())
+    try:
+        with pytest.raises(checkpoint.RunError, match="--out: another process"):
+            checkpoint.begin(config | {"out": str(out), "resume": False, "overwrite": False})
+        assert tree(out) == before
+    finally:
+        checkpoint.release()
 
 
 def test_a_run_that_another_process_is_at_work_on_is_left_alone(four, tmp_path):
@@ -361,6 +408,11 @@ def test_a_full_file_system_likewise(four, tmp_path):
         assert checkpoint.damage(out / "checkpoint/step-4") is None
         (disk / "filler").unlink()
         assert run(out, "--method", "grpo", "--steps", 6, "--resume")[0] == 0 and len(metrics(out)) == 6
+        subprocess.run(["rm", "-r", out / "model", out / "final.json"], check=True)
+        with open(disk / "filler", "wb") as file:
+            file.write(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 2**17))
+        status, said, _ = run(out, "--method", "grpo", "--steps", 6, "--resume")  # to its end: the final policy has no room
+        assert status == 1 and said.count("train.py: error:") == 1 and "Traceback" not in said and "run/model: " in said, said
     finally:
         subprocess.run(["umount", disk])
 

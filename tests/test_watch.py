@@ -162,17 +162,22 @@ def test_a_wish_to_stop_that_comes_by_several_ways_is_one_and_one_that_is_repeat
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_running_out_of_memory_names_the_options_that_lower_it_and_the_sizes_in_use(capsys, error):
+def test_running_out_of_memory_names_the_options_that_lower_it_and_the_sizes_in_use(capsys, tmp_path, error):
     def run(o):
         raise error
 
-    o = SimpleNamespace(out="runs/x", micro_batch=16384, prompts=64, samples=8, max_new_tokens=40, sample_batch=4096)
+    (tmp_path / "saved" / "checkpoint" / "step-20").mkdir(parents=True)
+    o = SimpleNamespace(out=tmp_path / "saved", micro_batch=16384, prompts=64, samples=8, max_new_tokens=40, sample_batch=4096)
     with pytest.raises(SystemExit) as stop:
         watch.ending(run, o)
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     for words in ("--micro-batch 16384", "--prompts 64", "--samples 8", "--max-new-tokens 40", "--sample-batch 4096", "--shard-optimizer", "--resume"):
         assert words in line
+    o.out = tmp_path / "not saved"
+    with pytest.raises(SystemExit):
+        watch.ending(run, o)
+    assert "no checkpoint was saved yet: --overwrite" in capsys.readouterr().err
 
 
 def test_any_other_error_of_the_program_keeps_its_traceback():
