@@ -17,6 +17,7 @@ generation_config lists; that token is part of the completion, for stopping is a
 """
 
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,6 @@ from transformers.utils.logging import disable_progress_bar
 
 TINY = str(Path(__file__).parent / "tiny")
 disable_progress_bar()  # one bar is enough: the one that shows the training
-BUCKET = 32  # attention reads the cache up to the longest row, rounded up to this
 
 
 class PolicyError(ValueError):
@@ -72,34 +72,71 @@ def context(config):
 
 
 class RowCache(Cache):
-    """Keys and values of R rows, each written at a position of its own: per layer (R, heads, capacity, dim)."""
+    """R rows that are being completed, in buffers that never move: keys and values, and what else a step reads and writes.
 
-    def __init__(self, prefilled, copies, capacity):
-        """Takes over the cache of the prompts, each of its rows `copies` times, with room for `capacity` positions."""
+    Per layer (R, capacity, heads, dim). Only the first rows are in use, fewer and fewer of them. A CUDA graph of a step refers to
+    these buffers and to the weights by their addresses, so it serves for all later calls, and after updates in place.
+    """
+
+    def __init__(self, prefilled, R, capacity, T, eos_ids):
         super().__init__(layers=[SimpleNamespace() for _ in prefilled.layers])
         for mine, theirs in zip(self.layers, prefilled.layers):
-            P, heads, length, dim = theirs.keys.shape
             for name in ("keys", "values"):
-                buffer = theirs.keys.new_zeros(P * copies, heads, capacity, dim)
-                buffer[:, :, :length] = getattr(theirs, name).repeat_interleave(copies, 0)
-                setattr(mine, name, buffer)
-        self.rows = self.positions = None  # (R,): 0 ... R - 1, and where the next token of each is written
-        self.length = 0  # how much of the cache attention has to read
+                prompts = getattr(theirs, name)  # (P, heads, width, dim)
+                setattr(mine, name, prompts.new_zeros(R, capacity, prompts.shape[1], prompts.shape[3]))
+        self.R, self.capacity, self.T, self.eos_ids = R, capacity, T, eos_ids
+        new = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device=prompts.device)
+        self.token, self.position = new(torch.long, R), new(torch.long, R)  # the last id of each row, and where it will be written
+        self.row, self.ended = new(torch.long, R), new(torch.bool, R)  # which completion a row belongs to
+        self.noise, self.out, self.t = new(torch.float32, R, T), new(torch.long, R, T), new(torch.long, 1)  # t: which token is drawn next
+        self.eos = torch.tensor(sorted(eos_ids), device=prompts.device)
+        self.at, self.length = None, 0  # (R,) position in all rows one after another; how much of the cache attention has to read
+        self.graphs, self.pool = {}, None
+
+    def begin(self, prefilled, lengths, noise):
+        """The n rows of each prompt take over its keys and values. lengths: (P,), noise: (P n, T)."""
+        R, T = noise.shape
+        n = R // len(lengths)
+        for mine, theirs in zip(self.layers, prefilled.layers):
+            for name in ("keys", "values"):
+                buffer, prompts = getattr(mine, name)[:R], getattr(theirs, name).transpose(1, 2)
+                buffer[:, prompts.shape[1] :] = 0  # no mask hides what is not a number
+                buffer[:, : prompts.shape[1]] = prompts.repeat_interleave(n, 0)
+        self.position[:R], self.row[:R], self.ended[:R] = lengths.repeat_interleave(n), torch.arange(R), False
+        self.noise[:R, :T], self.t[:], self.length = noise, 0, prompts.shape[1]
 
     def update(self, k, v, layer, *_):
         """Called by the model's attention with k, v (R, heads, 1, dim); returns what to attend to."""
-        keys, values = self.layers[layer].keys, self.layers[layer].values
-        keys[self.rows, :, self.positions] = k[:, :, 0]
-        values[self.rows, :, self.positions] = v[:, :, 0]
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        buffers = self.layers[layer].keys, self.layers[layer].values
+        for buffer, new in zip(buffers, (k, v)):
+            buffer.flatten(0, 1).index_copy_(0, self.at, new[:, :, 0])
+        return (buffer[: len(k), : self.length].transpose(1, 2) for buffer in buffers)
 
     def get_seq_length(self, layer=0):
         return self.length
 
-    def keep(self, alive):
-        """Drops all rows but those in `alive`, indices (R',)."""
+    def keep(self, rows):
+        """The first rows become those with these indices, the others leave."""
+        n = len(rows)
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[alive], layer.values[alive]
+            for buffer in (layer.keys, layer.values):
+                buffer[:n, : self.length] = buffer[rows, : self.length]
+        for buffer in (self.token, self.position, self.row, self.ended):
+            buffer[:n] = buffer[rows]
+
+
+BUFFERS = weakref.WeakKeyDictionary()  # model -> its RowCache, kept for the next call
+
+
+def buffers(model, prefilled, R, length, T, eos_ids):
+    """The model's RowCache: that of the calls before, or a larger one if it is too small."""
+    s, like = BUFFERS.pop(model, None), prefilled.layers[0].keys
+    fits = s and s.R >= R and s.capacity >= length and s.T >= T and s.eos_ids == eos_ids and s.layers[0].keys.dtype == like.dtype and s.eos.device == like.device
+    if not fits:
+        s = None  # gives its memory back first
+        s = RowCache(prefilled, R, round_up(length, bucket(like.device)), T, set(eos_ids))
+    BUFFERS[model] = s
+    return s
 
 
 def next_token(logits, temperature, u):
@@ -114,6 +151,58 @@ def next_token(logits, temperature, u):
 def uniforms(prompts, n, max_new_tokens, generator=None):
     """The random numbers of a call to `sample`: (prompts, n, max_new_tokens), on the CPU."""
     return torch.rand(prompts, n, max_new_tokens, generator=generator)
+
+
+def draw(s, n, logits, temperature):
+    """The next token of the first n rows, from logits (n, V)."""
+    row = s.row[:n]
+    token = next_token(logits, temperature, s.noise[row, s.t])
+    s.token[:n] = s.out[row, s.t] = token
+    s.ended[:n] |= (token[:, None] == s.eos).any(1)
+    s.t += 1
+
+
+def decode(model, s, n, length, temperature):
+    """One more token for the first n rows, reading `length` positions of the cache. It only writes into the buffers of s."""
+    position = s.position[:n]
+    s.at, s.length = torch.arange(n, device=model.device) * s.capacity + position, length
+    ahead = torch.arange(length, device=model.device) > position[:, None]  # (n, length)
+    mask = torch.zeros(n, length, dtype=model.dtype, device=model.device).masked_fill_(ahead, -torch.inf)
+    hidden = model.base_model(
+        input_ids=s.token[:n, None], position_ids=position[:, None], past_key_values=s,
+        attention_mask=mask[:, None, None], use_cache=True,
+    ).last_hidden_state  # fmt: skip
+    position += 1
+    draw(s, n, model.get_output_embeddings()(hidden[:, 0]), temperature)
+
+
+def advance(model, s, *arguments):
+    """decode; on a GPU as a CUDA graph, one launch in place of hundreds. The first time as it is, the second time it is recorded."""
+    if model.device.type != "cuda" or arguments not in s.graphs:
+        s.graphs[arguments] = None
+        return decode(model, s, *arguments)
+    if s.graphs[arguments] is None:
+        s.pool = s.pool or torch.cuda.graph_pool_handle()  # one for all: none needs what another has left there
+        s.graphs[arguments] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(s.graphs[arguments], pool=s.pool):
+            decode(model, s, *arguments)
+    s.graphs[arguments].replay()
+
+
+def round_up(length, multiple):
+    return -(-length // multiple) * multiple
+
+
+def bucket(device):
+    """Attention reads the cache up to the longest row, rounded up to this; on a GPU every length is a graph of its own."""
+    return 128 if device.type == "cuda" else 16
+
+
+def rows_for(n, alive):
+    """How many of n rows go on if so many are alive: 3/4 of n, 3/4 of that, ... so that batches come in few sizes."""
+    while n > 1 and alive <= n * 3 // 4:
+        n = n * 3 // 4
+    return n
 
 
 @torch.inference_mode()
@@ -131,12 +220,9 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
     if not all(prompts):
         raise ValueError("a prompt has no tokens")
     device = model.device
-    R = len(prompts) * n
+    R, T = len(prompts) * n, max_new_tokens
     if noise is None:
-        noise = uniforms(len(prompts), n, max_new_tokens, generator)
-    noise = noise.reshape(R, max_new_tokens).to(device)
-    eos = torch.tensor(sorted(eos_ids), device=device)
-    head = model.get_output_embeddings()
+        noise = uniforms(len(prompts), n, T, generator)
 
     # prefill: padding stands on the right, where causal attention never looks
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -144,41 +230,26 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
     prefill = model.base_model(input_ids=ids, use_cache=True)
     last = prefill.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
-    logits = head(last).repeat_interleave(n, 0)  # (R, V)
+    s = buffers(model, prefill.past_key_values, R, width + T, T, eos_ids)
+    s.begin(prefill.past_key_values, lengths, noise.reshape(R, T).to(device))
+    del prefill
+    draw(s, R, model.get_output_embeddings()(last).repeat_interleave(n, 0), temperature)
 
-    cache = RowCache(prefill.past_key_values, n, width + max_new_tokens)
-    cache.positions = lengths.repeat_interleave(n)
-    cache.rows = row = torch.arange(R, device=device)  # row: which completion a row of the batch belongs to
-    longest = width
-    out = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
-    count = torch.full((R,), max_new_tokens, device=device)
-    ended = torch.zeros(R, dtype=torch.bool, device=device)
+    going = R
+    for t in range(1, T):
+        if device.type == "cpu" or t % 8 == 0:  # to look at what a GPU has drawn is to wait for it
+            alive = going - int(s.ended[:going].sum())
+            if alive == 0:
+                break
+            if (fewer := rows_for(going, alive)) < going:
+                s.keep(s.ended[:going].long().argsort(stable=True)[:fewer])  # those that are alive, and a few that are not
+                going = fewer
+        advance(model, s, going, round_up(width + t, bucket(device)), temperature)
 
-    for t in range(max_new_tokens):
-        token = next_token(logits, temperature, noise[row, t])
-        out[row, t] = token
-        ends = torch.isin(token, eos) & ~ended
-        count[row[ends]] = t + 1
-        ended |= ends
-        if ended.all() or t + 1 == max_new_tokens:
-            break
-        if ended.float().mean() >= 0.25:
-            alive = (~ended).nonzero()[:, 0]
-            cache.keep(alive)
-            row, token, ended, cache.positions = row[alive], token[alive], ended[alive], cache.positions[alive]
-            cache.rows = torch.arange(len(row), device=device)
-        longest += 1
-        cache.length = min(-(-longest // BUCKET) * BUCKET, width + max_new_tokens)
-        visible = torch.arange(cache.length, device=device) <= cache.positions[:, None]  # (R, length)
-        hidden = model.base_model(
-            input_ids=token[:, None], position_ids=cache.positions[:, None], past_key_values=cache,
-            attention_mask=visible[:, None, None], use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        cache.positions = cache.positions + 1
-        logits = head(hidden[:, 0])
-
-    out, count = out.tolist(), count.tolist()
-    completions = [ids[:c] for ids, c in zip(out, count)]
+    out = s.out[:R, :T]
+    ends = torch.isin(out, s.eos)
+    count = torch.where(ends.any(1), ends.int().argmax(1) + 1, T).tolist()
+    completions = [ids[:c] for ids, c in zip(out.tolist(), count)]
     return [completions[i : i + n] for i in range(0, R, n)]
 
 

@@ -152,7 +152,7 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(narrow, archi
     model = narrow(architecture, torch.float64)
     compacted = []
     keep = rollout.RowCache.keep
-    monkeypatch.setattr(rollout.RowCache, "keep", lambda cache, alive: (compacted.append(len(alive)), keep(cache, alive))[1])
+    monkeypatch.setattr(rollout.RowCache, "keep", lambda cache, rows: (compacted.append(len(rows)), keep(cache, rows))[1])
     noise = uniforms(len(PROMPTS), 6, 40, torch.Generator().manual_seed(3))
     together = sample(model, PROMPTS, 6, 40, 1.0, EOS, noise=noise)
     assert len(compacted) >= 3 and compacted[-1] < compacted[0] < 30  # rows did leave, more than once
