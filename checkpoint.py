@@ -36,6 +36,7 @@ KEPT = 2  # checkpoints
 HELD = []  # the handle of the run directory's lock
 FREE = {  # options in which a run that goes on may differ: they change no line of metrics.jsonl (by more than rounding), or only its end
     "resume", "overwrite", "out", "steps", "save_every", "max_hours", "stop_when_entropy", "micro_batch", "sample_batch", "shard_optimizer", "final_samples",
+    "gradient_checkpointing", "profile",
 }  # fmt: skip
 
 

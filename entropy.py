@@ -47,10 +47,36 @@ def kl_divergence(p_logits, q_logits):
 LOGITS_AT_ONCE = 2**25  # numbers, 128 MiB in fp32: what the chunks below keep within
 
 
+def log_softmax_of(hidden, head, temperature):
+    """Log-probability of every token of the vocabulary, (N, V), from hidden states (N, D)."""
+    logits = head(hidden).float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+
+
 def logp_and_entropy_of(hidden, head, tokens, temperature):
-    """Log-probability of `tokens` (N,) and entropy, both (N,), from hidden states (N, D)."""
-    logp = torch.log_softmax(head(hidden).float() / temperature, -1)  # (N, V)
-    return logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    """Log-probability of `tokens` (N,) and entropy, from hidden states (N, D): (2, N)."""
+    logp = log_softmax_of(hidden, head, temperature)
+    return torch.stack((logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+
+
+def states(model, prompts, completions):
+    """Of all N completion tokens: the hidden states that predict them (N, D), the tokens, and where they stand: (N,) each, row and column."""
+    device = model.device
+    rows = [p + c for p, c in zip(prompts, completions)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    # Padding stands on the right, and attention is causal: no token that counts ever sees it.
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, D)
+    b = torch.tensor([i for i, c in enumerate(completions) for _ in c], dtype=torch.long, device=device)
+    t = torch.tensor([j for c in completions for j in range(len(c))], dtype=torch.long, device=device)
+    start = torch.tensor([len(p) for p in prompts], device=device)[b]
+    return hidden[b, start + t - 1], ids[b, start + t], b, t  # a token is predicted one position earlier
+
+
+def chunks(model):
+    """The head, and how many tokens it may take at a time."""
+    head = model.get_output_embeddings()
+    return head, max(1, LOGITS_AT_ONCE // head.weight.shape[0])
 
 
 def score(model, prompts, completions, temperature=1.0):
@@ -65,30 +91,36 @@ def score(model, prompts, completions, temperature=1.0):
     The logits (B, T, V) are what runs out of memory with a vocabulary of 151,936. They are never held:
     the head works on chunks of tokens, and the backward pass computes each chunk once more.
     """
-    device = model.device
-    rows = [p + c for p, c in zip(prompts, completions)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    # Padding stands on the right, and attention is causal: no token that counts ever sees it.
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, D)
-
-    b = torch.tensor([i for i, c in enumerate(completions) for _ in c], dtype=torch.long, device=device)
-    t = torch.tensor([j for c in completions for j in range(len(c))], dtype=torch.long, device=device)
-    start = torch.tensor([len(p) for p in prompts], device=device)[b]
-    hidden, tokens = hidden[b, start + t - 1], ids[b, start + t]  # a token is predicted one position earlier
-
-    head = model.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    hidden, tokens, b, t = states(model, prompts, completions)
+    head, chunk = chunks(model)
     if len(tokens) <= chunk:
-        logp, ent = logp_and_entropy_of(hidden, head, tokens, temperature)
+        both = logp_and_entropy_of(hidden, head, tokens, temperature)
     else:
         parts = [
             checkpoint(logp_and_entropy_of, h, head, y, temperature, use_reentrant=False)
             for h, y in zip(hidden.split(chunk), tokens.split(chunk))
         ]
-        logp, ent = (torch.cat(part) for part in zip(*parts))
-    blank = torch.zeros(len(rows), max(map(len, completions)), device=device)
-    return blank.index_put((b, t), logp), blank.index_put((b, t), ent)
+        both = torch.cat(parts, 1)
+    blank = torch.zeros(len(prompts), max(map(len, completions)), device=both.device)
+    return blank.index_put((b, t), both[0]), blank.index_put((b, t), both[1])
+
+
+def backward(model, prompts, completions, dlogp, dentropy, temperature=1.0):
+    """Adds to the gradients of the model what `score` and autograd would, for known dL/dlogp and dL/dH, both (B, T).
+
+    Since they are known, each chunk goes back to the hidden states as soon as it has been computed, and is computed only once;
+    entropies only if there is a gradient for them.
+    """
+    hidden, tokens, b, t = states(model, prompts, completions)
+    head, chunk = chunks(model)
+    given = torch.stack((dlogp, dentropy)).to(hidden.device)[:, b, t]  # (2, N)
+    cut = hidden.detach().requires_grad_()
+    for h, y, g in zip(cut.split(chunk), tokens.split(chunk), given.split(chunk, 1)):
+        if dentropy.any():
+            logp_and_entropy_of(h, head, y, temperature).backward(g)
+        else:
+            log_softmax_of(h, head, temperature).gather(-1, y[:, None]).backward(g[0, :, None])
+    hidden.backward(cut.grad)
 
 
 # ---------------------------------------------------------------- the law

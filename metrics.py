@@ -5,10 +5,14 @@ no_signal, tokens) are over all its rollouts, also over those that --filter-grou
 selected, clip_fraction, ratio_max, loss, grad_norm) over what was trained on. null stands where there was nothing.
 """
 
+import contextlib
 import math
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch.profiler import profile, schedule
 
 
 def stopwatch(*names):
@@ -21,6 +25,14 @@ def stopwatch(*names):
         then[0] = now
 
     return seconds, lap
+
+
+def recorder(o, rank):
+    """--profile: a context that records the steps 2 to 4 of this process in OUT/trace.json.gz; step() is to be called after each."""
+    if not o.profile or rank > 0:
+        return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
+    save = lambda trace: trace.export_chrome_trace(str(Path(o.out) / "trace.json.gz"))
+    return profile(schedule=schedule(wait=0, warmup=1, active=3, repeat=1), on_trace_ready=save)
 
 
 def summary(policy, batches, others, logs, o):

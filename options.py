@@ -137,6 +137,9 @@ def command_line():
     parser.add_argument("--overwrite", action="store_true", help="replace a run that --out already holds")
     parser.add_argument("--shard-optimizer", action="store_true",
                         help="with several processes: each keeps its share of the moments of AdamW only, to save memory; changes no result")  # fmt: skip
+    parser.add_argument("--gradient-checkpointing", action="store_true",
+                        help="keep only each layer's input for the backward pass, to save memory: a third more operations in the update; changes no result")  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="record the first steps but one, three of them, in OUT/trace.json.gz, for chrome://tracing or Perfetto")
     parser.add_argument("--check-theorem", action="store_true",
                         help="measure at every update whether -Cov(log pi, change of logits) foretells the change of entropy: see theorem.py")  # fmt: skip
     for heading, rows in OPTIONS.items():

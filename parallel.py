@@ -18,6 +18,7 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import entropy as entropies
 
@@ -124,6 +125,16 @@ def autocast(o):
     return torch.autocast("cuda", torch.bfloat16) if o.device == "cuda" else contextlib.nullcontext()
 
 
+def recompute(model):
+    """--gradient-checkpointing: of each layer only the input is kept, and the backward pass computes the layer once more."""
+
+    def once_more(forward):
+        return lambda *x, **more: checkpoint(forward, *x, use_reentrant=False, preserve_rng_state=False, **more) if torch.is_grad_enabled() else forward(*x, **more)
+
+    for layer in model.base_model.layers:
+        layer.forward = once_more(layer.forward)
+
+
 def score(model, prompts, completions, temperature, o):
     """Log-prob and entropy of every completion token, without gradient: two tensors (B, T) on the CPU, alike on all processes."""
     rank, n = world()
@@ -145,7 +156,5 @@ def backward(model, prompts, completions, dlogp, dentropy, o):
     for group in micro_batches([prompts[i] for i in rows], [completions[i] for i in rows], o.micro_batch):
         group = [rows[i] for i in group]
         with autocast(o):
-            logp, ent = entropies.score(model, [prompts[i] for i in group], [completions[i] for i in group], o.temperature)
-        g = [x[group, : logp.shape[1]].to(logp.device) for x in (dlogp, dentropy)]
-        torch.autograd.backward([logp, ent], g)
+            entropies.backward(model, [prompts[i] for i in group], [completions[i] for i in group], dlogp[group], dentropy[group], o.temperature)
     sum_gradients(model)

@@ -3,11 +3,12 @@
 1. Each prompt is read once (prefill) and its keys and values are shared by its n samples.
 2. Every row has a write position of its own in the key/value cache, so that prompts of different
    length need no padding on the left and no position is spent on it.
-3. A step feeds each row its last token and draws the next by inverting the distribution function at
-   a uniform random number: token = the first a with  sum_{a' <= a} p(a') > u.  The uniform numbers
-   belong to (prompt, sample, position), so a completion does not depend on what else is being sampled,
-   in which order, on how many processes.
-4. Rows that have ended leave: the batch is compacted when a quarter of it is idle.
+3. A step only writes into buffers that never move, so a GPU records it once as a CUDA graph, for each number of rows and
+   bucket of lengths, and replays it: with new weights, too, as long as they are written in place.
+4. A token is drawn by inverting the distribution function at a uniform random number: it is the first a with
+   sum_{a' <= a} p(a') > u.  The uniform numbers belong to (prompt, sample, position), so a completion does not
+   depend on what else is being sampled, in which order, on how many processes.
+5. Rows that have ended leave: the batch is compacted to 3/4 of its rows, or 3/4 of that, ..., when so many are idle.
 
 Sampling is by temperature alone. Top-k or top-p would draw from another distribution than the one
 whose log-probs the loss uses. A row ends with any of the end-of-sequence ids that the checkpoint's
@@ -137,6 +138,15 @@ def buffers(model, prefilled, R, length, T, eos_ids):
         s = RowCache(prefilled, R, round_up(length, bucket(like.device)), T, set(eos_ids))
     BUFFERS[model] = s
     return s
+
+
+def release(model):
+    """Between rollouts: on a GPU, buffers of more than a sixteenth of its memory go, and the graphs with them; the update may need the room."""
+    s = BUFFERS.get(model)
+    if s and s.eos.is_cuda:
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in s.layers)
+        if held * 16 > torch.cuda.get_device_properties(s.eos.device).total_memory:
+            del BUFFERS[model]
 
 
 def next_token(logits, temperature, u):

@@ -31,9 +31,9 @@ import reward
 import rollout
 import theorem
 from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
-from metrics import sample_lines, stopwatch, summary
+from metrics import recorder, sample_lines, stopwatch, summary
 from options import options
-from parallel import adamw, backward, gather, leader, score, share, together, world
+from parallel import adamw, backward, gather, leader, recompute, score, share, together, world
 from prime import process_model, process_rewards
 from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
 
@@ -106,7 +106,9 @@ def draw_rollouts(policy, prompts, number, o):
         return [group for some, u in parts
                 for group in rollout.sample(policy.sampler, some, o.samples, o.max_new_tokens, o.temperature, policy.eos_ids, noise=u)]  # fmt: skip
 
-    return [completion for group in share(mine, prompts, list(noise)) for completion in group]
+    groups = share(mine, prompts, list(noise))
+    rollout.release(policy.sampler)
+    return [completion for group in groups for completion in group]
 
 
 def collect(policy, problems, number, o, lap):
@@ -176,12 +178,13 @@ def step(policy, problems, number, o):
         count_bad(policy, log, number, o)
         if policy.probe:
             theorem.follow(policy, o)
-    lap("update")
 
     metrics = {"step": number} | summary(policy, batches, others, logs, o) | judged | {"seconds": seconds}
     if policy.probe and updates:
         metrics |= theorem.figures(policy, updates, rewards)
-    return metrics, sample_lines(policy, batches[0], updates[0], number) if batches else []
+    samples = sample_lines(policy, batches[0], updates[0], number) if batches else []
+    lap("update")  # and what is said of it: the seconds of a step add up
+    return metrics, samples
 
 
 def evaluate(policy, problems, samples, temperature, o):
@@ -229,6 +232,8 @@ def load(o, checkpoint=None):
         reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
         prm=process_model(o) if o.advantage == "prime" else None, config=config, rounds=0, bad_updates=0, probe=None,
     )  # fmt: skip
+    for trained in filter(None, (model, policy.prm and policy.prm.model)) if o.gradient_checkpointing else ():
+        recompute(trained)
     policy.kept = {"optimizer": optimizer}  # what checkpoints hold beside the model: name -> whatever has a state_dict
     if policy.prm:
         policy.kept |= {"prm": policy.prm.model, "prm_optimizer": policy.prm.optimizer}
@@ -241,7 +246,7 @@ def loop(policy, problems, held_out, lines, started, o):
     accuracy = next((line["accuracy"] for line in reversed(lines) if "accuracy" in line), math.nan)
     interrupted, rank = None, world()[0]
     log = lambda name: open(Path(o.out) / name if rank == 0 else os.devnull, "a")
-    with signals(rank == 0) as received, log("metrics.jsonl") as metrics_file, log("samples.jsonl") as samples_file:
+    with signals(rank == 0) as received, log("metrics.jsonl") as metrics_file, log("samples.jsonl") as samples_file, recorder(o, rank) as trace:
         progress = tqdm(range(len(lines) + 1, o.steps + 1), desc=o.method, initial=len(lines), total=o.steps, disable=rank > 0)
         for number in progress:
             if entropy_is_spent(last, o):
@@ -252,6 +257,7 @@ def loop(policy, problems, held_out, lines, started, o):
                 accuracy = evaluate(policy, held_out, 1, 0.0, o)["accuracy"]
                 measured = {"accuracy": accuracy, "accuracy_sampled": evaluate(policy, held_out, 1, 1.0, o)["accuracy"]}
             metrics, samples = step(policy, problems_of_step(problems, policy.rounds + 1, o), number, o)
+            trace.step()
             progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
                                  cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
             last = plain(metrics | measured)

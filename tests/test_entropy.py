@@ -1,6 +1,7 @@
 """What entropy.py promises: exact entropies, log-probs and entropies of a model's tokens in bounded memory, and the law."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -213,6 +214,41 @@ def test_the_logits_of_all_tokens_are_never_held_neither_forward_nor_for_the_bac
     assert not kept
     (logp.sum() + H.sum()).backward()
     assert sum(chunks) == 2 * 16 * V and max(chunks) == 3 * V  # each chunk once more
+
+
+def weights_of(model):
+    """dL/dlogp and dL/dH (4, 7) that are different for every token."""
+    given = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
+    return given.masked_fill(torch.arange(7) >= torch.tensor([len(c) for c in COMPLETIONS])[:, None], 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 15, 16])
+def test_backward_adds_to_the_gradients_what_autograd_would_through_the_scores(model, monkeypatch, tokens):
+    given = weights_of(model)
+    logp, H = score(model, PROMPTS, COMPLETIONS, 0.7)
+    want = torch.autograd.grad((given * torch.stack((logp, H))).sum(), list(model.parameters()))
+    monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 24 * tokens)
+    for times in (1, 2):
+        entropy_module.backward(model, PROMPTS, COMPLETIONS, *given, 0.7)
+        for p, g in zip(model.parameters(), want):
+            torch.testing.assert_close(p.grad, times * g, rtol=1e-6, atol=1e-6 * g.abs().max().item())
+
+
+def test_backward_computes_each_chunk_once_and_holds_one_at_a_time(narrow, monkeypatch):
+    V, model = 100, narrow(vocab_size=100)
+    monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 3 * V + V // 2)
+    chunks, kept = [], []
+    model.get_output_embeddings().register_forward_hook(lambda module, x, logits: chunks.append(logits.numel()))
+
+    def keep(x):
+        if x.shape[-1:] == (V,) and len(x) <= 16:  # logits or their softmax, not the head's weight
+            kept.append(weakref.ref(x))
+            assert sum(ref().numel() for ref in kept if ref() is not None) <= 5 * 3 * V  # what one chunk keeps
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        entropy_module.backward(model, PROMPTS, COMPLETIONS, *weights_of(model))
+    assert sum(chunks) == 16 * V and max(chunks) == 3 * V and len(kept) >= 6
 
 
 def test_the_head_reads_completions_only_never_the_prompt_or_the_padding(model):

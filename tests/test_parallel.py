@@ -162,19 +162,42 @@ def test_no_more_than_the_budget_goes_through_the_model_at_a_time_forward_or_bac
     assert len(sizes) > 6 and max(sizes) <= 34
 
 
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama", "Mistral"])
+def test_gradient_checkpointing_keeps_less_of_each_layer_and_changes_no_gradient(narrow, architecture):
+    model = narrow(architecture)
+    o = options("entropy_bonus", micro_batch=45)
+    batch, kept = batch_of(model, o), [0, 0]
+
+    def keep(number):
+        def count(x):
+            kept[number] += x.numel()
+            return x
+
+        return torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
+
+    with keep(0):
+        want, t, log, _ = update(model, batch, o)
+    parallel.recompute(model)
+    policy = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+    with keep(1):
+        again, log_again = train.update(policy, batch, torch.Generator().manual_seed(1), False, o)
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(a, p.grad) for a, p in zip(want, model.parameters()))
+    assert log_again == log and torch.equal(again.logp, t.logp)
+
+
 # ---------------------------------------------------------------- rows without gradient
 
 
 def seen_with_gradient(monkeypatch):
-    """The prompts of every call that builds a graph through the model."""
-    seen, score = [], entropy.score
+    """The prompts of every call that goes back through the model."""
+    seen, backward = [], entropy.backward
 
-    def spy(model, prompts, completions, temperature):
-        if torch.is_grad_enabled():
-            seen.extend(prompts)
-        return score(model, prompts, completions, temperature)
+    def spy(model, prompts, *rest):
+        seen.extend(prompts)
+        backward(model, prompts, *rest)
 
-    monkeypatch.setattr(entropy, "score", spy)
+    monkeypatch.setattr(entropy, "backward", spy)
     return seen
 
 
@@ -186,7 +209,7 @@ def test_a_row_without_gradient_is_left_out_and_the_step_is_the_same_as_with_it(
     seen = seen_with_gradient(monkeypatch)
     gradients, *_ = update(model, batch, o)
     if method in ("grpo", "clip_higher", "clip_cov", "high_entropy", "low_entropy"):  # the others may act on a row whose advantages are 0
-        assert batch["prompts"][QUIET] not in seen and len(seen) < len(LENGTHS)
+        assert batch["prompts"][QUIET] not in seen and 0 < len(seen) < len(LENGTHS)
     assert distance(gradients, want) < 1e-6
 
 

@@ -1,5 +1,7 @@
 """What rollout.py promises: the model's own distribution, one completion whatever surrounds it, and policies that load or say why not."""
 
+import copy
+import gc
 import itertools
 import json
 import shutil
@@ -167,6 +169,51 @@ def test_completions_stand_in_the_order_of_their_prompts(model):
     order = [3, 0, 4, 2, 1]
     assert sample(model, [PROMPTS[i] for i in order], 3, 20, 1.0, EOS, noise=noise[order]) == [forth[i] for i in order]
     assert [len(group) for group in forth] == [3] * 5 and len({str(group) for group in forth}) == 5
+
+
+# ---------------------------------------------------------------- buffers
+
+
+def test_buffers_stay_where_they_are_and_serve_other_prompts_other_lengths_and_new_weights(narrow):
+    model, other = narrow(dtype=torch.float64), narrow(dtype=torch.float64, seed=9)
+    noise = uniforms(5, 6, 40, torch.Generator().manual_seed(3))
+    fresh = lambda *arguments, **more: sample(copy.deepcopy(model), *arguments, **more)
+    first = sample(model, PROMPTS, 6, 40, 1.0, EOS, noise=noise)
+    s = rollout.BUFFERS[model]
+    every = [s.token, s.position, s.row, s.ended, s.noise, s.out, s.t, s.eos] + [x for layer in s.layers for x in (layer.keys, layer.values)]
+    addresses = [x.data_ptr() for x in every]
+    for p, q in zip(model.parameters(), other.parameters()):
+        p.data.fill_(torch.nan)
+    sample(model, PROMPTS, 6, 40, 1.0, EOS, noise=noise)  # leaves behind what is not a number
+    for p, q in zip(model.parameters(), other.parameters()):
+        p.data.copy_(q)
+    again = sample(model, PROMPTS, 6, 40, 1.0, EOS, noise=noise)
+    assert again == fresh(PROMPTS, 6, 40, 1.0, EOS, noise=noise) != first
+    few = noise[2:4, :2, :7]
+    assert sample(model, PROMPTS[1:3], 2, 7, 0.5, EOS, noise=few) == fresh(PROMPTS[1:3], 2, 7, 0.5, EOS, noise=few)
+    assert sample(model, PROMPTS, 1, 40, 0.0, EOS) == fresh(PROMPTS, 1, 40, 0.0, EOS)
+    rollout.release(model)  # a GPU's memory is what it is about
+    assert rollout.BUFFERS[model] is s and [x.data_ptr() for x in every] == addresses
+    assert sample(model, PROMPTS, 7, 41, 1.0, {V - 1}, torch.Generator().manual_seed(0)) == fresh(PROMPTS, 7, 41, 1.0, {V - 1}, torch.Generator().manual_seed(0))
+    assert rollout.BUFFERS[model] is not s  # they were too small
+
+
+def test_buffers_go_with_their_model(narrow):
+    before = len(rollout.BUFFERS)
+    model = narrow()
+    sample(model, PROMPTS, 1, 3, 0.0, EOS)
+    assert len(rollout.BUFFERS) == before + 1
+    del model
+    gc.collect()
+    assert len(rollout.BUFFERS) <= before
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 512])
+def test_rows_leave_when_a_quarter_of_them_is_idle_and_batches_come_in_few_sizes(n):
+    sizes = {rollout.rows_for(n, alive) for alive in range(1, n + 1)}
+    assert all(alive <= rollout.rows_for(n, alive) for alive in range(1, n + 1)) and n in sizes and 1 in sizes
+    assert all(rollout.rows_for(n, alive) * 3 // 4 < alive for alive in range(1, n + 1))
+    assert len(sizes) <= 22 and all(rollout.rows_for(size, 1) == 1 for size in sizes)
 
 
 # ---------------------------------------------------------------- where a completion ends

@@ -6,6 +6,7 @@ A narrow policy with random weights and paid-for nonsense suffice for the step; 
 import argparse
 import contextlib
 import copy
+import gzip
 import io
 import json
 import math
@@ -14,12 +15,15 @@ import random
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import subprocess_of
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import eval as evaluation
 import losses
@@ -228,6 +232,27 @@ def test_equal_rewards_leave_every_parameter_bit_identical_even_with_momentum_fr
     assert unchanged(policy, before)
     assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0 and metrics["loss"] == 0 and metrics["skipped"] == 0
     assert metrics["reward"] == pytest.approx(value) and metrics["ratio_max"] == 1.0
+
+
+def test_the_seconds_of_a_step_add_up_to_what_it_took(options, paid, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", time.process_time)  # of this process alone, whatever else runs
+    for method, extra in (("grpo", ""), ("kl_ref", "--temperature 0.7"), ("kl_cov", "--filter-groups")):
+        o = options(method, extra)
+        policy, problems, _ = train.load(o)
+        some = train.problems_of_step(problems, 1, o)
+        began = time.perf_counter()
+        metrics, samples = train.step(policy, some, 1, o)
+        took = time.perf_counter() - began
+        assert samples and 0.98 * took < sum(metrics["seconds"].values()) <= took
+
+
+def test_a_profile_is_a_trace_of_three_steps_that_loads_as_json(options, paid, capsys):
+    o = options("grpo", "--steps 5 --profile --final-samples 2")
+    assert train.train(o) == 0
+    checkpoint.release()
+    events = json.loads(gzip.decompress((Path(o.out) / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert [e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep")] == [f"ProfilerStep#{n}" for n in (1, 2, 3)]
+    assert {"aten::mm", "aten::scaled_dot_product_attention"} < {e.get("name") for e in events}
 
 
 def test_no_signal_is_the_share_of_groups_with_equal_rewards(options, monkeypatch):

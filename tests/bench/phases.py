@@ -1,0 +1,122 @@
+"""The phases of a default step of train.py against their bounds: operations over the measured matrix rate, bytes over the measured bandwidth.
+
+    python tests/bench/phases.py [--steps 10] [--method grpo]      CPU, one thread; writes results/phases.json
+    python tests/bench/phases.py --device cuda                      the embedded policy on a GPU, where nothing but launches is measured
+
+Operations are those of the matrix products alone: 2 for each weight and token forward, 4 backward; a prompt is sampled from once and scored with each
+of its completions; a row without signal has no backward. Bytes: when sampling, all weights at every token, and keys and values up to the position;
+else every weight once for each mini-batch and direction, and 4 x 10 numbers for each token, layer and unit of width, which is what
+the elementwise operations of a layer read and write at least (norms, rotary embedding, gate, residual). The bound is the larger of the two times.
+Seconds are those of the processor on a CPU. The parts of "update" are timed by themselves: the second scoring, and the rest.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import tempfile
+import time
+from statistics import median
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from machine import machine
+
+import train
+
+
+def best(work, clock, device, repeats=20):
+    """Seconds of the fastest of a few calls."""
+    taken = math.inf
+    for _ in range(repeats):
+        began = clock()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken = min(taken, clock() - began)
+    return taken
+
+
+def rates(model, clock, device):
+    """Operations a second of a large product and of one with the policy's shapes (1,024 tokens through its widest layer); bytes a second of copying."""
+    a, b = (torch.randn(1024, 1024, device=device) for _ in range(2))
+    wide = max((p for p in model.parameters() if p.ndim == 2), key=torch.numel)
+    x = torch.randn(1024, wide.shape[1], device=device)
+    big = torch.empty(2**24, device=device)
+    other = torch.empty_like(big)
+    return {
+        "operations a second, large product": 2 * 1024**3 / best(lambda: a @ b, clock, device),
+        "operations a second, the policy's widest": 2 * 1024 * wide.numel() / best(lambda: x @ wide.T, clock, device, 100),
+        "bytes a second": 2 * big.nbytes / best(lambda: other.copy_(big), clock, device),
+    }
+
+
+def bounds(policy, kept, no_signal, o, rate):
+    """Seconds of each phase at best, for the rollouts of a step."""
+    c = policy.model.config
+    P = sum(p.numel() for p in policy.model.parameters() if p.ndim == 2)
+    prompts, lengths = [len(g["prompt"]) for g in kept], [[len(y) for y in g["completions"]] for g in kept]
+    rows = sum(map(len, lengths))
+    scored = sum(p + y for p, ys in zip(prompts, lengths) for y in ys)
+    decoded, longest = sum(map(sum, lengths)), max(map(max, lengths))
+    position = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 4
+    elementwise = 4 * 10 * c.num_hidden_layers * c.hidden_size
+    signal = 1 - no_signal
+    updates = len(kept) // o.mini_batch
+    operations = {"sample": 2 * P * (sum(prompts) + decoded), "score": 2 * P * scored, "update": 2 * P * scored * (1 + 3 * signal)}
+    moved = {
+        "sample": 4 * P * longest + position * sum(y * p + y * y / 2 for p, ys in zip(prompts, lengths) for y in ys) + elementwise * (sum(prompts) + decoded),
+        "score": 4 * P * updates + elementwise * scored,
+        "update": updates * (4 * P * 4 + 28 * P) + elementwise * scored * (1 + 3 * signal),
+    }
+    by = {"operations": "operations a second, the policy's widest", "bytes": "bytes a second"}
+    return {phase: {"operations": operations[phase] / rate[by["operations"]], "bytes": moved[phase] / rate[by["bytes"]]} for phase in operations}, rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--method", default="grpo")
+    parser.add_argument("--steps", type=int, default=10)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    if a.device == "cpu":
+        time.perf_counter = time.process_time  # the clock of train.py's own laps
+    clock, taken, kept_of, again = time.perf_counter, [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        o = train.options(["--method", a.method, "--device", a.device, "--eval-limit", "1", "--out", f"{folder}/run"])
+        policy, problems, _ = train.load(o)
+        collect, score = train.collect, train.score
+
+        def spy(*arguments):
+            kept_of.append(collect(*arguments))
+            return kept_of[-1]
+
+        def timed(*arguments):
+            began = clock()
+            result = score(*arguments)
+            again.append(clock() - began)
+            return result
+
+        train.collect, train.score = spy, timed
+        for number in range(1, a.steps + 1):
+            again.clear()
+            metrics, _ = train.step(policy, train.problems_of_step(problems, policy.rounds + 1, o), number, o)
+            second = sum(again[len(again) // 2 :])
+            taken.append(metrics["seconds"] | {"update: second scoring": second, "update: the rest": metrics["seconds"]["update"] - second})
+        rate = rates(policy.model, clock, a.device)
+        bound, rows = bounds(policy, kept_of[-1][0], metrics["no_signal"], o, rate)
+    last = taken[len(taken) // 2 :]
+    figures = {
+        "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "bound of the last step, seconds": bound,
+        "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
+    }  # fmt: skip
+    (ROOT / "results" / "phases.json").write_text(json.dumps(figures) + "\n")
+    print(json.dumps({key: value for key, value in figures.items() if key != "seconds of each step"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
