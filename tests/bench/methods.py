@@ -1,0 +1,54 @@
+"""What each method and each estimator costs: seconds a step against GRPO's, side by side, in one run.
+
+    python tests/bench/methods.py [--rounds 2] [--steps 20]     writes results/methods_seconds.json
+
+A round is a short run of each, one after the other, the same problems in all; the figure is the ratio of median seconds a step, without
+the first step, to GRPO's of the same rounds. The first steps of a run are its dearest: later more groups have no signal and need no
+backward pass, unless the method has a gradient for every token (entropy_bonus, kl_ref, prime).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from statistics import median
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import losses  # noqa: E402
+
+ROWS = {f"--method {m}": m for m in losses.METHODS} | {f"--advantage {e}": e for e in losses.ESTIMATORS if e != "grpo"}
+
+
+def seconds(row, steps, out):
+    """Seconds of each step but the first."""
+    command = [sys.executable, ROOT / "train.py", *row.split(), "--steps", steps, "--eval-every", 1000, "--eval-limit", 2,
+               "--final-samples", 2, "--device", "cpu", "--out", out]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+    return [json.loads(line)["seconds"]["total"] for line in open(out / "metrics.jsonl")][1:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    o = parser.parse_args()
+    taken = {row: [] for row in ROWS}
+    for _ in range(o.rounds):
+        for row in ROWS:
+            with tempfile.TemporaryDirectory() as folder:
+                taken[row] += seconds(row, o.steps, pathlib.Path(folder, "run"))
+    base = median(taken["--method grpo"])
+    figures = {name: {"seconds_a_step": round(median(taken[row]), 3), "against_grpo": round(median(taken[row]) / base, 2)} for row, name in ROWS.items()}
+    for name, f in figures.items():
+        print(f"{name:14} {f['seconds_a_step']:.3f} s a step, {f['against_grpo']:.2f} times GRPO's")
+    (ROOT / "results" / "methods_seconds.json").write_text(json.dumps({"load": os.getloadavg()[0], "steps": o.steps, "of": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
