@@ -135,9 +135,14 @@ def dress(axis, key, last):
     axis.set(title=PANELS[key][0], xlabel="step", ylabel=axis.get_ylabel() or PANELS[key][1], xlim=(-0.03 * last, 1.03 * last))
 
 
-def curves(run_dirs, file):
-    """Draws the runs into one PNG: entropy, accuracy and covariance side by side. RunError before anything is written."""
-    shown = experiments([read_run(run_dir) for run_dir in run_dirs])
+def curves(run_dirs, file, names=None):
+    """Draws the runs into one PNG: entropy, accuracy and covariance side by side. RunError before anything is written.
+
+    names: of the experiment that each run belongs to, with a colour of its own, in this order (default: by method and options).
+    """
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    seeds_of = {name: [steps for other, (_, steps) in zip(names, runs) if other == name] for name in names or ()}
+    shown = [(name, f"{name}, {len(seeds)} seeds", seeds) for name, seeds in seeds_of.items()] or experiments(runs)
     columns = max(1, min(4, 100 // (6 + max(len(label) for _, label, _ in shown))))  # of the legend
     variants = {}
     with rc_context(STYLE):
@@ -148,7 +153,7 @@ def curves(run_dirs, file):
             look = {"color": colours(m for m, _, _ in shown)[method], "linestyle": DASHES[variants[method] % len(DASHES)]}
             for key, axis in axes.items():
                 for steps in seeds if len(seeds) > 1 else []:
-                    draw(axis, *points(steps, key), linewidth=1, alpha=0.35, **look)
+                    draw(axis, *points(steps, key), linewidth=1, alpha=min(0.35, 1.4 / len(shown)), **look)
                 width = 4 if len(seeds) > 1 else 2.5
                 draw(axis, *mean(seeds, key), dots=key == "accuracy", linewidth=width, zorder=3, label=label, **look)
         figure.legend(*axes["entropy"].get_legend_handles_labels(), loc="outside upper center", ncols=columns,

@@ -219,7 +219,8 @@ def report(study, runs, out=HERE / "results"):
         text = "```\n" + "\n".join(theorem.table(figures)) + "\n```\n"
     else:
         text = f"{starting_policy()}\n\n{table(results)}"
-        plot.curves([directory(row, seed) for row, seeds in runs.items() for seed in seeds], out / f"{study}.png")
+        found = [(row, seed) for row, seeds in runs.items() for seed in seeds]
+        plot.curves([directory(*job) for job in found], out / f"{study}.png", [row for row, _ in found])
     (out / f"{study}.json").write_text(json.dumps(results) + "\n")
     (out / f"{study}.md").write_text(f"Made by `python study.py {study}`. {text}")
     print(text)
