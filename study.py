@@ -216,7 +216,7 @@ def report(study, runs, out=HERE / "results"):
     elif study == "theorem":
         results["theorem"] = figures = {f"{row}-s{seed}": theorem.over_run(steps) for row in read for seed, steps in zip(runs[row], read[row])}
         theorem.draw({row: read[row][0] for row in read}, out / "theorem.png")
-        text = "```\n" + "\n".join(theorem.table(figures)) + "\n```\n"
+        text = "\n\n```\n" + "\n".join(theorem.table(figures)) + "\n```\n"
     else:
         text = f"{starting_policy()}\n\n{table(results)}"
         found = [(row, seed) for row, seeds in runs.items() for seed in seeds]
