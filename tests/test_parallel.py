@@ -4,12 +4,14 @@ Two real processes (gloo) are started once, by torchrun, on this file as a progr
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import random
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -408,8 +410,18 @@ def test_the_command_for_several_nodes_in_the_readme_has_the_metrics_of_one_proc
     assert f"--rdzv_endpoint=127.0.0.1:{port}" in launcher and "--nproc_per_node=1" in launcher
     argv = [ROOT / "train.py", *SHORT, "--method", "kl_cov", "--out"]
     words = [sys.executable, "-m", "torch.distributed.run", *launcher, *argv, tmp_path / "nodes"]
-    nodes = [subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
+    start = lambda: subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    nodes = [start()]
+    try:
+        for _ in range(600):  # on two machines only one can be the host; here both could, so the second comes when the first is
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        nodes.append(start())
+        said = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum(text.count("kl_cov, 2 steps in") for text in said) == 1
     subprocess.run(list(map(str, [sys.executable, *argv, tmp_path / "one"])), check=True, capture_output=True, timeout=300)
