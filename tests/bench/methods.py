@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import losses  # noqa: E402
 
-ROWS = {f"--method {m}": m for m in losses.METHODS} | {f"--advantage {e}": e for e in losses.ESTIMATORS if e != "grpo"}
+ROWS = {f"--method {m}": m for m in losses.METHODS} | {f"--method grpo --advantage {e}": e for e in losses.ESTIMATORS if e != "grpo"}
 
 
 def seconds(row, steps, out):
