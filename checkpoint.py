@@ -107,6 +107,7 @@ def begin(config):
 
 
 def checksum(path):
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -114,9 +114,9 @@ def backward(model, prompts, completions, dlogp, dentropy, temperature=1.0):
     hidden, tokens, b, t = states(model, prompts, completions)
     head, chunk = chunks(model)
     given = torch.stack((dlogp, dentropy)).to(hidden.device)[:, b, t]  # (2, N)
-    cut = hidden.detach().requires_grad_()
+    cut, with_entropy = hidden.detach().requires_grad_(), bool(dentropy.any())
     for h, y, g in zip(cut.split(chunk), tokens.split(chunk), given.split(chunk, 1)):
-        if dentropy.any():
+        if with_entropy:
             logp_and_entropy_of(h, head, y, temperature).backward(g)
         else:
             log_softmax_of(h, head, temperature).gather(-1, y[:, None]).backward(g[0, :, None])

@@ -126,7 +126,10 @@ def autocast(o):
 
 
 def recompute(model):
-    """--gradient-checkpointing: of each layer only the input is kept, and the backward pass computes the layer once more."""
+    """--gradient-checkpointing: of each layer only the input is kept, and the backward pass computes the layer once more.
+
+    What transformers has for it works in training mode only, and that would bring dropout: the policy is in eval mode throughout.
+    """
 
     def once_more(forward):
         return lambda *x, **more: checkpoint(forward, *x, use_reentrant=False, preserve_rng_state=False, **more) if torch.is_grad_enabled() else forward(*x, **more)

@@ -200,6 +200,7 @@ def advance(model, s, *arguments):
 
 
 def round_up(length, multiple):
+    """The least multiple that is not below `length`."""
     return -(-length // multiple) * multiple
 
 

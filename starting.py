@@ -68,6 +68,7 @@ def describe(folder, samples=32):
 
 
 def base_of(row):
+    """The starting policy of a row: what stands behind the comma, if anything. Not all that may stand there is one."""
     return row.partition(", ")[2] or EMBEDDED
 
 
@@ -117,7 +118,7 @@ def shares(results, runs, bases, out):
 # ---------------------------------------------------------------- what does size do to the law?
 
 
-def sizes(results, runs, bases, out, width=5):
+def sizes(runs, bases, out, width=5):
     """The law fitted to the pooled steps of each size: sizes.png, and a table as text. Each run is fitted by itself, too.
 
     Arguments as above. All runs are cut to the shortest: a and b depend on how long one looks.

@@ -212,7 +212,7 @@ def report(study, runs, out=HERE / "results"):
     read = {row: [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}
     if study in ("shares", "sizes"):
         results["bases"] = bases = {base: starting.describe(place(base) if base in BASES else rollout.TINY) for base in map(starting.base_of, read)}
-        text = (starting.shares if study == "shares" else starting.sizes)(results, read, bases, out)
+        text = starting.shares(results, read, bases, out) if study == "shares" else starting.sizes(read, bases, out)
     elif study == "theorem":
         results["theorem"] = figures = {f"{row}-s{seed}": theorem.over_run(steps) for row in read for seed, steps in zip(runs[row], read[row])}
         theorem.draw({row: read[row][0] for row in read}, out / "theorem.png")

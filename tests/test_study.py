@@ -49,7 +49,7 @@ def test_sizes_recovers_the_law_that_the_runs_obey(tmp_path):
             for base, a, b in (("small", 1.0, 1.5), ("large", 2.0, 2.7))}  # fmt: skip
     runs["grpo, large"][0] = runs["grpo, large"][0][:20]  # all are cut to the shortest
     bases = {"small": {"parameters": 1000}, "large": {"parameters": 9000}}
-    table = starting.sizes({}, runs, bases, tmp_path).strip().splitlines()
+    table = starting.sizes(runs, bases, tmp_path).strip().splitlines()
     assert (tmp_path / "sizes.png").exists()
     cells = [[cell.strip().split(" ")[0] for cell in row.split("|")[1:-1]] for row in table[2:]]
     assert [row[0] for row in cells] == ["1,000", "9,000"]

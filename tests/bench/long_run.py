@@ -17,19 +17,9 @@ import tempfile
 import time
 import uuid
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from machine import ROOT, random_policy
+
 SHORT = "--prompts 2 --mini-batch 2 --samples 2 --max-new-tokens 8 --eval-limit 2 --eval-every 100 --save-every 50 --final-samples 2 --device cpu".split()
-
-
-def smallest(folder):
-    """The embedded tokenizer with one layer of width 8, its weights random."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")
-    config.update({"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-                   "layer_types": ["full_attention"], "head_dim": 8})  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
 
 
 def family(mark):
@@ -58,7 +48,8 @@ def main():
     moments, seen, mark, begun = [o.steps // 20, o.steps // 4, o.steps // 2, 3 * o.steps // 4, o.steps - 20], {}, f"LONG_RUN={uuid.uuid4()}", time.time()
     with tempfile.TemporaryDirectory() as folder:
         out, model = pathlib.Path(folder, "run"), pathlib.Path(folder, "model")
-        smallest(model)
+        random_policy(model, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                      layer_types=["full_attention"], head_dim=8)  # fmt: skip
         command = [sys.executable, ROOT / "train.py", "--method", "entropy_bonus", "--model", model, "--steps", o.steps, *SHORT, "--out", out]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict([mark.split("=")])
         said, log = open(f"{folder}/said", "w+"), out / "metrics.jsonl"

@@ -1,12 +1,16 @@
-"""What the measurements of this folder say of the machine they were taken on."""
+"""What the measurements of this folder share: what they say of the machine, policies of other sizes, and the seconds of a run's steps."""
 
+import json
 import os
 import pathlib
 import platform
 import re
+import subprocess
 
 import torch
 import transformers
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def machine():
@@ -19,3 +23,21 @@ def machine():
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
+
+
+def random_policy(folder, **changes):
+    """The embedded policy's architecture and tokenizer with another configuration, its weights random. Returns the number of parameters."""
+    config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")
+    config.update(changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def seconds_of_steps(launcher, options, out):
+    """`seconds` of each step but the first of a short run of train.py on the CPU, with next to no evaluation. launcher: the words before train.py."""
+    command = [*launcher, ROOT / "train.py", *options, "--eval-every", 1000, "--eval-limit", 2, "--final-samples", 2, "--device", "cpu", "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+    return [json.loads(line)["seconds"] for line in open(pathlib.Path(out) / "metrics.jsonl")][1:]

@@ -11,26 +11,17 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from statistics import median
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from machine import ROOT, seconds_of_steps
+
 sys.path.insert(0, str(ROOT))
 
 import losses  # noqa: E402
 
 ROWS = {f"--method {m}": m for m in losses.METHODS} | {f"--method grpo --advantage {e}": e for e in losses.ESTIMATORS if e != "grpo"}
-
-
-def seconds(row, steps, out):
-    """Seconds of each step but the first."""
-    command = [sys.executable, ROOT / "train.py", *row.split(), "--steps", steps, "--eval-every", 1000, "--eval-limit", 2,
-               "--final-samples", 2, "--device", "cpu", "--out", out]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
-    return [json.loads(line)["seconds"]["total"] for line in open(out / "metrics.jsonl")][1:]
 
 
 def main():
@@ -42,7 +33,8 @@ def main():
     for _ in range(o.rounds):
         for row in ROWS:
             with tempfile.TemporaryDirectory() as folder:
-                taken[row] += seconds(row, o.steps, pathlib.Path(folder, "run"))
+                steps = seconds_of_steps([sys.executable], [*row.split(), "--steps", o.steps], pathlib.Path(folder, "run"))
+                taken[row] += [step["total"] for step in steps]
     base = median(taken["--method grpo"])
     figures = {name: {"seconds_a_step": round(median(taken[row]), 3), "against_grpo": round(median(taken[row]) / base, 2)} for row, name in ROWS.items()}
     for name, f in figures.items():

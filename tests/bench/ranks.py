@@ -1,6 +1,7 @@
 """How much more two processes of one thread each do than one process of one thread, for policies of several widths.
 
-    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]     writes results/ranks.json
+    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]                             writes results/ranks.json
+    chrt -r 1 python tests/bench/ranks.py --out results/ranks_realtime.json       the same with precedence over all else (root)
 
 Width 64 is the embedded policy (75,000 parameters) under grpo with the default options. The others are as deep, wider and have
 random weights, which no reward would ever move: there entropy_bonus makes the gradient. Runs of one and of two processes alternate; the figure is the
@@ -11,33 +12,16 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from statistics import median
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def widened(width, folder):
-    """The embedded policy's architecture and tokenizer with another width, its weights random. Returns the number of parameters."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")
-    config.update({"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // config.num_attention_heads})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+from machine import ROOT, random_policy, seconds_of_steps
 
 
 def seconds(ranks, work, out):
-    """Seconds of each step but the first."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", ROOT / "train.py", *work,
-               "--eval-every", 1000, "--eval-limit", 2, "--final-samples", 2, "--device", "cpu", "--out", out]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
-    return [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")][1:]
+    """Seconds of each step but the first, with so many processes."""
+    return seconds_of_steps([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"], work, out)
 
 
 def main():
@@ -45,12 +29,13 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "ranks.json")
     o = parser.parse_args()
     figures = []
     for width in o.widths:
         taken = {1: [], 2: []}
         with tempfile.TemporaryDirectory() as folder:
-            parameters = widened(width, folder)
+            parameters = random_policy(folder, hidden_size=width, intermediate_size=2 * width, head_dim=width // 4)  # four heads
             work = ["--method", "grpo"] if width == 64 else ["--method", "entropy_bonus", "--model", folder, "--prompts", 32, "--mini-batch", 16]
             for pair in range(o.pairs):
                 for ranks in (1, 2):
@@ -61,7 +46,7 @@ def main():
         print(f"width {width}, {parameters:,} parameters: {one['total']:.3f} s a step with one process, {two['total']:.3f} with two:"
               f" {one['total'] / two['total']:.2f} times the work (load {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
     rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.3g}"))
-    (ROOT / "results" / "ranks.json").write_text(json.dumps(rounded, indent=1) + "\n")
+    o.out.write_text(json.dumps(rounded, indent=1) + "\n")
 
 
 if __name__ == "__main__":
