@@ -1,7 +1,7 @@
 """What the starting policy decides: how rare the right strategy may be before collapse costs accuracy, and what size does to the law.
 
     python study.py shares      accuracy after training, against the share of the right strategy before it
-    python study.py sizes       a and b of R = -a exp(H) + b, fitted to GRPO on policies of 30,000, 75,000 and 300,000 parameters
+    python study.py sizes       a and b of R = -a exp(H) + b, fitted to GRPO on policies of 30,000 to 1,200,000 parameters
 
 Both are studies like the others (study.py); this file is what is made of their runs. A share is measured, not taken from the
 options of warmstart.py: of the chains of thought that the policy samples, those that respect precedence from the first line to

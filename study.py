@@ -45,6 +45,7 @@ BASES = {
     "share 0.0001": "--share 0.0001 --wander 0.002",
     "hidden 40": "--hidden 40",
     "hidden 128": "--hidden 128",
+    "hidden 256": "--hidden 256",
 }
 ROWS = (
     {name: f"--method grpo --advantage {name}" for name in losses.ESTIMATORS}
