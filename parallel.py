@@ -39,13 +39,17 @@ def gather(value):
     return values
 
 
+def outcome(function, *arguments):
+    """(what function(*arguments) returns, None), or (None, its OSError or ValueError)."""
+    try:
+        return function(*arguments), None
+    except (OSError, ValueError) as failure:
+        return None, failure
+
+
 def together(function, *arguments):
     """function(*arguments). Its OSError or ValueError in one process is raised in all: none waits for one that has gone."""
-    result, error = None, None
-    try:
-        result = function(*arguments)
-    except (OSError, ValueError) as failure:
-        error = failure
+    result, error = outcome(function, *arguments)
     for failure in filter(None, gather(error)):
         raise failure
     return result
@@ -53,7 +57,10 @@ def together(function, *arguments):
 
 def leader(function, *arguments):
     """What function(*arguments) returns or raises in rank 0, the only one to call it, in all processes."""
-    return gather(together(lambda: function(*arguments) if world()[0] == 0 else None))[0]
+    result, error = gather(outcome(function, *arguments) if world()[0] == 0 else None)[0]
+    if error:
+        raise error
+    return result
 
 
 def share(function, *lists):
@@ -71,16 +78,18 @@ def share(function, *lists):
     return whole
 
 
-def interleave(mine, count):
-    """Rows (count, ...) alike on all n processes, of which this one has rows rank, rank + n, ...: one exchange of one tensor each."""
+def interleave(mine, counts):
+    """Lists of rows (count, ...) alike on all n processes, this one has rows rank, rank + n, ... of each: one exchange for all of them."""
     n = world()[1]
-    if n == 1:
+    if n == 1 or not mine:
         return mine
-    part = mine.new_zeros(-(-count // n), *mine.shape[1:])  # as many rows for each
-    part[: len(mine)] = mine
+    shares = [-(-count // n) for count in counts]  # as many rows for each process
+    part = mine[0].new_zeros(sum(shares), *mine[0].shape[1:])
+    for own, room in zip(mine, part.split(shares)):
+        room[: len(own)] = own
     parts = [torch.empty_like(part) for _ in range(n)]
     dist.all_gather(parts, part)
-    return torch.stack(parts, 1).flatten(0, 1)[:count]
+    return [rows.flatten(0, 1)[:count] for rows, count in zip(torch.stack(parts, 1).split(shares), counts)]
 
 
 def sum_gradients(model):
@@ -140,15 +149,22 @@ def recompute(model):
 
 def score(model, prompts, completions, temperature, o):
     """Log-prob and entropy of every completion token, without gradient: two tensors (B, T) on the CPU, alike on all processes."""
+    return score_each(model, [{"prompts": prompts, "completions": completions}], temperature, o)[0]
+
+
+def score_each(model, batches, temperature, o):
+    """The same of each mini-batch in a list, [(logp, entropy), ...], with one exchange for all."""
     rank, n = world()
-    mine = range(len(prompts))[rank::n]
-    rows = torch.zeros(len(mine), 2, max(map(len, completions)))
-    for group in micro_batches([prompts[i] for i in mine], [completions[i] for i in mine], o.micro_batch):
-        with torch.no_grad(), autocast(o):
-            logp, ent = entropies.score(model, [prompts[mine[i]] for i in group], [completions[mine[i]] for i in group], temperature)
-        rows[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
-    logp, ent = interleave(rows, len(prompts)).unbind(1)
-    return logp.contiguous(), ent.contiguous()
+    counts, width = [len(b["prompts"]) for b in batches], max((len(c) for b in batches for c in b["completions"]), default=0)
+    rows = [torch.zeros(len(range(count)[rank::n]), 2, width) for count in counts]
+    for batch, mine in zip(batches, rows):
+        prompts, completions = batch["prompts"][rank::n], batch["completions"][rank::n]
+        for group in micro_batches(prompts, completions, o.micro_batch):
+            with torch.no_grad(), autocast(o):
+                logp, ent = entropies.score(model, [prompts[i] for i in group], [completions[i] for i in group], temperature)
+            mine[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
+    scored = zip(interleave(rows, counts), (max(map(len, b["completions"])) for b in batches))
+    return [tuple(x.contiguous() for x in whole[:, :, :T].unbind(1)) for whole, T in scored]
 
 
 def backward(model, prompts, completions, dlogp, dentropy, o):

@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import rollout
-from parallel import backward, score
+from parallel import backward, score, score_each
 
 
 def process_model(o):
@@ -52,10 +52,10 @@ def process_advantages(r, mask, samples):
     return (r - others).masked_fill(~mask, 0.0).flip(1).cumsum(1).flip(1) * mask
 
 
-def judge(prm, batch, o):
-    """Process rewards (B, T) of a mini-batch by phi as it is now."""
-    phi_logp, _ = score(prm.model, batch["prompts"], batch["completions"], o.temperature, o)
-    return token_rewards(phi_logp, batch["ref_logp"], batch["mask"], o.prm_beta)
+def judge(prm, batches, o):
+    """Process rewards (B, T) of each mini-batch by phi as it is now."""
+    scored = score_each(prm.model, batches, o.temperature, o)
+    return [token_rewards(phi_logp, batch["ref_logp"], batch["mask"], o.prm_beta) for batch, (phi_logp, _) in zip(batches, scored)]
 
 
 def learn(prm, batch, o):
@@ -72,7 +72,7 @@ def learn(prm, batch, o):
 
 def process_rewards(prm, batches, o):
     """Adds the sum in equation 3 to the advantages of all mini-batches, then lets phi learn. Returns what is logged of phi as it was."""
-    rewards = [judge(prm, batch, o) for batch in batches]
+    rewards = judge(prm, batches, o)
     for batch, r in zip(batches, rewards):
         batch["advantages"] = batch["advantages"] + process_advantages(r, batch["mask"], o.samples)
         learn(prm, batch, o)

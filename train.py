@@ -33,7 +33,7 @@ import theorem
 from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
 from metrics import recorder, sample_lines, stopwatch, summary
 from options import options
-from parallel import adamw, backward, gather, leader, recompute, score, share, together, world
+from parallel import adamw, backward, gather, leader, recompute, score, score_each, share, together, world
 from prime import process_model, process_rewards
 from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
 
@@ -137,19 +137,23 @@ def collect(policy, problems, number, o, lap):
 
 def mini_batches(policy, groups, advantages, o):
     """Groups as mini-batches, with old log-probs and entropies: computed as the update computes them, so that the first ratio is 1."""
+    batches = []
     for i in range(0, len(groups), o.mini_batch):
         some = groups[i : i + o.mini_batch]
         rows = lambda key: [x for g in some for x in g[key]]
         prompts, completions = [g["prompt"] for g in some for _ in g["completions"]], rows("completions")
-        old_logp, entropy = score(policy.model, prompts, completions, o.temperature, o)
-        mask = torch.arange(old_logp.shape[1]) < torch.tensor([len(c) for c in completions])[:, None]  # from the lengths, never the ids
-        batch = {
+        lengths = torch.tensor([len(c) for c in completions])
+        mask = torch.arange(lengths.max()) < lengths[:, None]  # from the lengths, never the ids
+        batches.append({
             "prompts": prompts, "completions": completions, "texts": rows("texts"), "rewards": torch.tensor(rows("rewards")), "mask": mask,
-            "advantages": advantages[i : i + o.mini_batch].reshape(-1, 1) * mask, "old_logp": old_logp, "entropy": entropy,
-        }  # fmt: skip
-        if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
-            batch["entropy1"] = score(policy.model, prompts, completions, 1.0, o)[1]
-        yield batch
+            "advantages": advantages[i : i + o.mini_batch].reshape(-1, 1) * mask,
+        })  # fmt: skip
+    for batch, (logp, entropy) in zip(batches, score_each(policy.model, batches, o.temperature, o)):
+        batch |= {"old_logp": logp, "entropy": entropy}
+    if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
+        for batch, (_, entropy) in zip(batches, score_each(policy.model, batches, 1.0, o)):
+            batch["entropy1"] = entropy
+    return batches
 
 
 def step(policy, problems, number, o):
@@ -163,10 +167,11 @@ def step(policy, problems, number, o):
     advantages = losses.group_advantages(rewards, o.advantage, lengths=lengths) if kept else rewards
     lap("reward")
 
-    batches = list(mini_batches(policy, kept, advantages, o))
-    others = list(mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o))  # the policy's entropy is over all rollouts
-    for batch in batches if policy.reference else []:
-        batch["ref_logp"], _ = score(policy.reference, batch["prompts"], batch["completions"], o.temperature, o)
+    batches = mini_batches(policy, kept, advantages, o)
+    others = mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o)  # the policy's entropy is over all rollouts
+    if policy.reference:
+        for batch, (logp, _) in zip(batches, score_each(policy.reference, batches, o.temperature, o)):
+            batch["ref_logp"] = logp
     judged = process_rewards(policy.prm, batches, o) if policy.prm and batches else {}
     lap("score")
 

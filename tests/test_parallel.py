@@ -286,7 +286,8 @@ def work(folder):
         for parcel in (1, 100):  # every gradient by itself; some together
             patch.setattr(parallel, "PARCEL", parcel)
             result["parcel", parcel] = update(model, batch_of(model, options("grpo")), options("grpo"))[0]
-    result["rows"] = {n: parallel.interleave(torch.arange(3.0 * n).view(n, 3)[parallel.world()[0] :: parallel.world()[1]], n) for n in COUNTS}
+    rank, n = parallel.world()
+    result["rows"] = parallel.interleave([torch.arange(3.0 * count).view(count, 3)[rank::n] for count in COUNTS], COUNTS)
     with pytest.MonkeyPatch.context() as patch:  # what takes longer than a run: to make 20,000 problems, and to draw
         patch.setitem(data.EMBEDDED, "arithmetic", ("train", 64))
         patch.setattr(plot, "curves", lambda *_: None)
@@ -362,8 +363,8 @@ def test_several_processes_select_the_same_tokens_and_take_the_same_step_as_one(
 
 def test_gradients_do_not_depend_on_how_many_travel_together_nor_rows_on_who_has_them(work_of_one, work_of_several):
     for result in [work_of_one[1], *work_of_several[1]]:
-        for n in COUNTS:
-            assert torch.equal(result["rows"][n], torch.arange(3.0 * n).view(n, 3))
+        for count, rows in zip(COUNTS, result["rows"], strict=True):
+            assert torch.equal(rows, torch.arange(3.0 * count).view(count, 3))
         for parcel in (1, 100):
             assert distance(result["parcel", parcel], work_of_one[1]["grpo"]["gradients"]) < 1e-12
 

@@ -126,7 +126,7 @@ def test_the_lesson_is_the_gradient_of_the_whole_mini_batch_whatever_the_micro_b
 def test_a_step_takes_the_rewards_of_the_process_model_as_it_was_and_then_it_learns_them():
     prm, batch, o = prm_and_batch()
     o.grad_clip = 0.05
-    before, outcome_part = prime.judge(prm, batch, o), batch["advantages"].clone()
+    before, outcome_part = prime.judge(prm, [batch], o)[0], batch["advantages"].clone()
     said = [prime.process_rewards(prm, [batch], o)]
     torch.testing.assert_close(batch["advantages"], outcome_part + prime.process_advantages(before, batch["mask"], 4))
     for _ in range(20):
