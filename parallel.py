@@ -15,6 +15,7 @@ select tokens and average losses within each micro-batch instead, and their resu
 """
 
 import contextlib
+import os
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,14 @@ PARCEL = 2**25  # numbers, 128 MiB in fp32: gradients that travel together, for 
 def world():
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def keep_apart():
+    """Each process of a machine keeps to its share of the cores. Left alone, Linux moves those that talk to each other to one core."""
+    rank, n = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if each := len(cores) // n:
+        os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
 
 
 def gather(value):

@@ -33,7 +33,7 @@ import theorem
 from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
 from metrics import recorder, sample_lines, stopwatch, summary
 from options import options
-from parallel import adamw, backward, gather, leader, recompute, score, score_each, share, together, world
+from parallel import adamw, backward, gather, keep_apart, leader, recompute, score, score_each, share, together, world
 from prime import process_model, process_rewards
 from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
 
@@ -309,8 +309,7 @@ def train(o):
 def main():
     o = options()
     if "RANK" in os.environ:  # set by torchrun
-        if o.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if o.device == "cuda" else keep_apart()
         dist.init_process_group("cpu:gloo,cuda:nccl" if o.device == "cuda" else "gloo")
     try:
         if status := ending(train, o):

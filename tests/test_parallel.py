@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import random
 import socket
 import subprocess
@@ -309,9 +310,9 @@ def errors():
         if rank == guilty:
             raise error
 
-    for guilty, error in ((n - 1, OSError(28, "no space")), (0, data.DataError("no problems"))):
+    for call, guilty, error in ((together, n - 1, OSError(28, "no space")), (together, 0, data.DataError("no problems")), (leader, 0, OSError(13, "no permission"))):
         try:
-            together(fail, guilty, error)
+            call(fail, guilty, error)
         except (OSError, ValueError) as failure:
             learnt.append((type(failure).__name__, str(failure)))
     return learnt
@@ -342,11 +343,22 @@ def test_processes_divide_the_work_and_all_get_the_whole_in_order(work_of_one, w
         assert max(len(done) for _, done in parts) <= -(-n // len(parts))
 
 
+def test_each_process_keeps_to_cores_of_its_own_where_there_are_enough(work_of_several):
+    (whole, *_), own = zip(*(result["cores"] for result in work_of_several[1]))
+    if len(whole) < len(own):
+        assert all(cores == whole for cores in own)
+    else:
+        assert {len(cores) for cores in own} == {len(whole) // len(own)} and set.union(*own) <= whole
+        assert sum(map(len, own)) == len(set.union(*own))  # none belongs to two
+
+
 def test_all_processes_learn_what_each_one_has_and_of_an_error_in_one(work_of_one, work_of_several):
     results = work_of_several[1]
     for result in results:
         assert result["gather"] == list(range(len(results))) and result["leader"] == (0, len(results))
-        assert result["errors"] == work_of_one[1]["errors"] == [("OSError", "[Errno 28] no space"), ("DataError", "no problems")]
+        assert result["errors"] == work_of_one[1]["errors"] == [
+            ("OSError", "[Errno 28] no space"), ("DataError", "no problems"), ("PermissionError", "[Errno 13] no permission"),
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -438,7 +450,9 @@ def test_only_one_of_the_processes_speaks(work_of_several):
 
 
 if __name__ == "__main__":  # under torchrun
+    cores = lambda: os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    whole, _, own = cores(), parallel.keep_apart(), cores()
     torch.distributed.init_process_group("gloo")
-    result = work(sys.argv[1])
+    result = {"cores": (whole, own)} | work(sys.argv[1])
     torch.save(result, f"{sys.argv[1]}/{parallel.world()[0]}.pt")
     torch.distributed.destroy_process_group()

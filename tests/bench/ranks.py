@@ -5,7 +5,8 @@
 
 Width 64 is the embedded policy (75,000 parameters) under grpo with the default options. The others are as deep, wider and have
 random weights, which no reward would ever move: there entropy_bonus makes the gradient. Runs of one and of two processes alternate; the figure is the
-ratio of their median seconds a step, without the first step. Meaningful only where two cores are idle; the load is noted beside it.
+ratio of their median seconds a step, without the first step. Beside it stands what it would be if the processes needed nothing of each
+other: one process is also given half of the work. Meaningful only where two cores are idle; the load is noted, too.
 """
 
 import argparse
@@ -33,18 +34,21 @@ def main():
     o = parser.parse_args()
     figures = []
     for width in o.widths:
-        taken = {1: [], 2: []}
+        taken = {"one": [], "two": [], "half": []}
         with tempfile.TemporaryDirectory() as folder:
             parameters = random_policy(folder, hidden_size=width, intermediate_size=2 * width, head_dim=width // 4)  # four heads
-            work = ["--method", "grpo"] if width == 64 else ["--method", "entropy_bonus", "--model", folder, "--prompts", 32, "--mini-batch", 16]
+            work = ["--method", "grpo"] if width == 64 else ["--method", "entropy_bonus", "--model", folder]
+            prompts, mini_batch = (64, 8) if width == 64 else (32, 16)
             for pair in range(o.pairs):
-                for ranks in (1, 2):
-                    taken[ranks] += seconds(ranks, [*work, "--steps", o.steps], pathlib.Path(folder, f"{ranks}-{pair}"))
-        one, two = ({part: median(step[part] for step in taken[ranks]) for part in taken[1][0]} for ranks in (1, 2))
-        figures.append({"width": width, "parameters": parameters, "seconds_of_one": one, "seconds_of_two": two,
-                        "times_the_work": one["total"] / two["total"], "load": os.getloadavg()[0]})  # fmt: skip
-        print(f"width {width}, {parameters:,} parameters: {one['total']:.3f} s a step with one process, {two['total']:.3f} with two:"
-              f" {one['total'] / two['total']:.2f} times the work (load {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
+                for name, ranks, part in (("one", 1, 1), ("two", 2, 1), ("half", 1, 2)):
+                    size = ["--prompts", prompts // part, "--mini-batch", mini_batch // part, "--steps", o.steps]
+                    taken[name] += seconds(ranks, [*work, *size], pathlib.Path(folder, f"{name}-{pair}"))
+        one, two, half = ({phase: median(step[phase] for step in steps) for phase in steps[0]} for steps in taken.values())
+        gain, bound = one["total"] / two["total"], one["total"] / half["total"]
+        figures.append({"width": width, "parameters": parameters, "seconds_of_one": one, "seconds_of_two": two, "seconds_of_half": half,
+                        "times_the_work": gain, "without_exchange": bound, "load": os.getloadavg()[0]})  # fmt: skip
+        print(f"width {width}, {parameters:,} parameters: {one['total']:.3f} s a step with one process, {two['total']:.3f} with two: {gain:.2f} times the work;"
+              f" half of it alone {half['total']:.3f} s, so {bound:.2f} at best (load {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
     rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.3g}"))
     o.out.write_text(json.dumps(rounded, indent=1) + "\n")
 
