@@ -197,7 +197,7 @@ def check_out(o):
     sources = [Path(name).resolve() for name in (o.model, o.data, o.eval_data) if o.overwrite and os.path.exists(name)]
     if lost := [str(path) for path in sources if path.is_relative_to(out.resolve())]:
         raise ValueError(f"--overwrite would remove {lost[0]}, which the run needs; take another directory")
-    if os.path.lexists(out / "metrics.jsonl"):
+    if (out / "metrics.jsonl").is_file():
         if not (o.resume or o.overwrite):
             raise ValueError("already holds a run; take --resume, --overwrite or another directory")
     elif o.resume:

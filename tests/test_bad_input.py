@@ -30,9 +30,10 @@ def texts(folder):
         "empty.json": "", "cut.json": '[{"problem": "p?", "answer": "1"}', "object.json": '{"rows": []}\n', "empty.csv": "", "header.csv": "problem,answer\n",
         "quote.csv": 'problem,answer\n"p?,1\n', "empty.parquet": "", "text.parquet": "no parquet", "notes.txt": "text", "noname": ROW,
         "unknown.opt": "--learning-rate 1\n", "itself.opt": f"@{folder}/itself.opt\n", "value.opt": "--lr\n", "taken/thesis.tex": "years of work",
+        "folders/metrics.jsonl/x": "",
     }  # fmt: skip
     for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     for name in ("latin.jsonl", "latin.csv", "latin.json", "latin.opt"):
         (folder / name).write_bytes(b'[{"problem": "caf\xe9?", "answer": "1"}]\n')
@@ -206,6 +207,7 @@ WRONG = {
     "an --out that is a file": ("--out notes.txt", "--out", "notes.txt"),
     "an --out with other files": ("--out taken", "--out", "taken"),
     "an --out with other files, to be overwritten": ("--out taken --overwrite", "--out", "taken"),
+    "an --out whose metrics.jsonl is a folder": ("--out folders --overwrite", "--out", "folders"),
     "an --out below a file": ("--out notes.txt/run", "--out", "notes.txt"),
     "an --out that leads nowhere": ("--out dangling", "--out", "dangling"),
     "an --out with a name too long": ("--out " + "x" * 300, "--out"),

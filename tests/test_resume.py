@@ -276,6 +276,7 @@ BROKEN = {
     "both checkpoints": (lambda out: [flip(path / "state.pt") for path in (out / "checkpoint").iterdir()], "no checkpoint"),
     "a log that lacks a step": (lambda out: (out / "metrics.jsonl").write_text("".join((out / "metrics.jsonl").read_text().splitlines(True)[1:])),
                                 "steps 1 to 4"),
+    "a log without figures": (lambda out: (out / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 5))), "steps 1 to 4"),
     "an empty log": (lambda out: (out / "metrics.jsonl").write_text(""), "metrics.jsonl"),
     "config.json": (lambda out: (out / "config.json").write_text("{"), "config.json"),
     "a config.json of something else": (lambda out: (out / "config.json").write_text("[]"), "config.json"),
