@@ -26,6 +26,7 @@ import torch
 from machine import machine
 
 import train
+from parallel import micro_batches
 
 
 def best(work, clock, device, repeats=20):
@@ -76,6 +77,17 @@ def bounds(policy, kept, no_signal, o, rate):
     return {phase: {"operations": operations[phase] / rate[by["operations"]], "bytes": moved[phase] / rate[by["bytes"]]} for phase in operations}, rows
 
 
+def padding(kept, o):
+    """Share of the positions that go through the model when the rollouts of a step are scored and hold no token."""
+    tokens = positions = 0
+    for i in range(0, len(kept), o.mini_batch):
+        rows = [(g["prompt"], c) for g in kept[i : i + o.mini_batch] for c in g["completions"]]
+        for some in micro_batches(*zip(*rows), o.micro_batch):
+            lengths = [len(rows[j][0]) + len(rows[j][1]) for j in some]
+            tokens, positions = tokens + sum(lengths), positions + len(lengths) * max(lengths)
+    return 1 - tokens / positions
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -111,8 +123,8 @@ def main():
         bound, rows = bounds(policy, kept_of[-1][0], metrics["no_signal"], o, rate)
     last = taken[len(taken) // 2 :]
     figures = {
-        "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "bound of the last step, seconds": bound,
-        "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
+        "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "padding": padding(kept_of[-1][0], o),
+        "bound of the last step, seconds": bound, "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
     }  # fmt: skip
     (ROOT / "results" / "phases.json").write_text(json.dumps(figures) + "\n")
     print(json.dumps({key: value for key, value in figures.items() if key != "seconds of each step"}, indent=1))
