@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,21 @@ def test_buffers_stay_where_they_are_and_serve_other_prompts_other_lengths_and_n
     assert rollout.BUFFERS[model] is s and [x.data_ptr() for x in every] == addresses
     assert sample(model, PROMPTS, 7, 41, 1.0, {V - 1}, torch.Generator().manual_seed(0)) == fresh(PROMPTS, 7, 41, 1.0, {V - 1}, torch.Generator().manual_seed(0))
     assert rollout.BUFFERS[model] is not s  # they were too small
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama", "Mistral"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_step_never_asks_what_a_tensor_holds_and_needs_none_from_elsewhere(narrow, architecture, temperature):
+    """As a CUDA graph demands. On the meta device tensors hold nothing: to look at one, or to mix it with one on the CPU, is an error."""
+    model = narrow(architecture).to("meta")
+    keys = torch.zeros(2, 2, 9, 8, device="meta")
+    s = rollout.RowCache(SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=keys)] * 2), 6, 32, 20, EOS)
+    rollout.decode(model, s, 4, 16, temperature)
+    assert s.token.device.type == "meta"
+    with pytest.raises(RuntimeError):
+        s.ended.sum().item()  # such as this
+    with pytest.raises(RuntimeError):
+        s.row + torch.arange(6)  # or this
 
 
 def test_buffers_go_with_their_model(narrow):
