@@ -3,11 +3,11 @@
     python tests/bench/against_trl.py [--env DIR] [--batches 10] [--whole]      writes results/against_trl.json
 
 Both train the embedded policy with GRPO on the embedded task by the defaults of train.py: 64 prompts, 8 completions each of at most
-40 tokens, 8 updates, AdamW, fp32, no reference model, no evaluation, the same reward function, one thread. TRL is spared what it
-would do by default and train.py does not: gradient checkpointing, its logs, its checkpoints. It is installed, with the packages of
+40 tokens, 8 updates, AdamW, fp32, no reference model, no evaluation, the same reward function, one thread, no checkpoints. TRL is spared what it
+would do by default and train.py does not: gradient checkpointing and its logs; as it comes it is measured, too. It is installed, with the packages of
 requirements.txt, into an environment of its own (--env, made if it is not there, about 2 GB).
 
-Rounds of --batches rollout batches alternate: TRL, train.py, TRL, train.py. The first batch of each is reported apart. Late in a run most groups
+Rounds of --batches rollout batches alternate: TRL, train.py, TRL as it comes. The first batch of each is reported apart. Late in a run most groups
 have lost their signal; train.py then is run to its default 200 batches once, and compared with TRL's mean batch, for TRL does the
 same work whether there is a signal or not (checked here: the share of groups without one in its batches is reported);
 --whole runs TRL to the end as well, which takes long.
@@ -28,8 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TRL = "1.16.0"
 
 
-def theirs(batches, out):
-    """In the environment with TRL: GRPOTrainer's rollout batches, each with its 8 updates."""
+def theirs(batches, out, **defaults):
+    """In the environment with TRL: GRPOTrainer's rollout batches, each with its 8 updates. defaults: what it is not spared."""
     sys.path = [str(ROOT)] + sys.path[1:]
     import torch
     from datasets import Dataset
@@ -57,18 +57,24 @@ def theirs(batches, out):
                 wall.append(time.perf_counter())
                 processor.append(time.process_time())
 
+    spared = dict(gradient_checkpointing=False, logging_strategy="no") | defaults
     config = GRPOConfig(
-        output_dir=out, use_cpu=True, bf16=False, seed=0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        output_dir=out, use_cpu=True, bf16=False, seed=0, report_to=[], save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=64, gradient_accumulation_steps=1, steps_per_generation=8, num_generations=8, max_steps=8 * batches,
         max_completion_length=40, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, loss_type="dapo", learning_rate=3e-4,
-        lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "float32"}, generation_kwargs={"use_cache": True},
+        lr_scheduler_type="constant", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
+        model_init_kwargs={"dtype": "float32"}, generation_kwargs={"use_cache": True}, **spared,
     )  # fmt: skip
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in arithmetic.problems("train", max(640, 64 * batches))]
     trainer = GRPOTrainer(model=str(ROOT / "tiny"), reward_funcs=rewards, args=config, train_dataset=Dataset.from_list(rows),
                           processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()])  # fmt: skip
     trainer.train()
     report(wall, processor, quiet)
+
+
+def theirs_as_it_comes(batches, out):
+    """The same with TRL's defaults for gradient checkpointing and logs."""
+    theirs(batches, out, gradient_checkpointing=True, logging_strategy="steps")
 
 
 def ours(batches, out):
@@ -88,6 +94,9 @@ def ours(batches, out):
         processor.append(time.process_time())
         quiet.append(metrics["no_signal"])
     report(wall, processor, quiet)
+
+
+SIDES = {"theirs": theirs, "ours": ours, "theirs as it comes": theirs_as_it_comes}
 
 
 def report(wall, processor, quiet):
@@ -125,20 +134,21 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200, help="of the whole run (default 200, as train.py's)")
     parser.add_argument("--whole", action="store_true", help="TRL to the end, too")
-    parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.side:
-        return {"theirs": theirs, "ours": ours}[o.side](o.batches, o.out)
+        return SIDES[o.side](o.batches, o.out)
     from machine import machine
 
-    pythons, taken = {"theirs": install(o.env), "ours": sys.executable}, {"theirs": [], "ours": []}
+    trl = install(o.env)
+    pythons, taken = {"theirs": trl, "ours": sys.executable, "theirs as it comes": trl}, {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         for r in range(o.rounds):
             for side in taken:
                 taken[side].append(run(pythons[side], side, o.batches, f"{folder}/{side}-{r}"))
                 s, p = taken[side][-1]["seconds"], taken[side][-1]["processor"]
-                print(f"{side:6} {sum(s):6.2f} s for {o.batches} batches, {sum(p):6.2f} s of the processor, first {p[0]:.2f}, then median {median(p[1:]):.3f}", flush=True)
+                print(f"{side:18} {sum(s):6.2f} s for {o.batches} batches, {sum(p):6.2f} s of the processor, first {p[0]:.2f}, then median {median(p[1:]):.3f}", flush=True)
         whole = {"ours": run(pythons["ours"], "ours", o.steps, f"{folder}/whole")}
         whole["theirs"] = run(pythons["theirs"], "theirs", o.steps, f"{folder}/whole-theirs") if o.whole else None
     figures = {"machine": machine(), "TRL": TRL, "batches": o.batches, "rounds": taken, "TRL ran to the end": o.whole, "whole run, ours": whole["ours"]}
@@ -147,6 +157,7 @@ def main():
         a_batch = mean(s for r in ([whole["theirs"]] if o.whole else taken["theirs"]) for s in r[clock])
         figures[f"ratio, {clock}"] = {
             "first batches, each round": [a / b for a, b in zip(total["theirs"], total["ours"])],
+            "as it comes": [a / b for a, b in zip(total["theirs as it comes"], total["ours"])],
             f"{o.steps} batches": o.steps * a_batch / sum(whole["ours"][clock]),
         }  # fmt: skip
     quiet = {side: round(mean(x for r in rounds for x in r["no_signal"]), 3) for side, rounds in taken.items()}
