@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from machine import machine
 
+import entropy
 import train
 from parallel import micro_batches
 
@@ -88,6 +89,18 @@ def padding(kept, o):
     return 1 - tokens / positions
 
 
+def shares(policy, kept, o):
+    """What a scoring pass over the first mini-batch spends its time on, as shares: matrix products, attention, and all else, one small operation after another."""
+    rows = [(g["prompt"], c) for g in kept[: o.mini_batch] for c in g["completions"]]
+    with torch.profiler.profile() as trace, torch.no_grad():
+        for _ in range(10):
+            entropy.score(policy.model, *zip(*rows))
+    spent = {e.key: e.self_cpu_time_total for e in trace.key_averages()}
+    part = lambda *words: sum(t for key, t in spent.items() if any(word in key for word in words)) / sum(spent.values())
+    products, attention = part("aten::mm", "addmm", "bmm"), part("scaled_dot_product")
+    return {"products": products, "attention": attention, "the rest": 1 - products - attention}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -120,11 +133,13 @@ def main():
             second = sum(again)
             taken.append(metrics["seconds"] | {"update: second scoring": second, "update: the rest": metrics["seconds"]["update"] - second})
         rate = rates(policy.model, clock, a.device)
+        spent = shares(policy, kept_of[-1][0], o)
         bound, rows = bounds(policy, kept_of[-1][0], metrics["no_signal"], o, rate)
     last = taken[len(taken) // 2 :]
     figures = {
         "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "padding": padding(kept_of[-1][0], o),
-        "bound of the last step, seconds": bound, "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
+        "shares of a scoring pass": spent, "bound of the last step, seconds": bound,
+        "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
     }  # fmt: skip
     (ROOT / "results" / "phases.json").write_text(json.dumps(figures) + "\n")
     print(json.dumps({key: value for key, value in figures.items() if key != "seconds of each step"}, indent=1))

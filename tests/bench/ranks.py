@@ -1,7 +1,6 @@
 """How much more two processes of one thread each do than one process of one thread, for policies of several widths.
 
-    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]                             writes results/ranks.json
-    chrt -r 1 python tests/bench/ranks.py --out results/ranks_realtime.json       the same with precedence over all else (root)
+    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]      writes results/ranks.json
 
 Width 64 is the embedded policy (75,000 parameters) under grpo with the default options. The others are as deep, wider and have
 random weights, which no reward would ever move: there entropy_bonus makes the gradient. Runs of one and of two processes alternate; the figure is the
