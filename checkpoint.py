@@ -204,7 +204,7 @@ def find(o):
         done = int(folder.name.removeprefix("step-"))
         lines, _ = read_log(out / "metrics.jsonl", done)
         if [line["step"] for line in lines if "entropy" in line] != list(range(1, done + 1)):
-            raise RunError(f"--resume: {out}/metrics.jsonl does not hold steps 1 to {done} of {folder}; begin anew with --overwrite")
+            raise RunError(f"--resume: {out}/metrics.jsonl does not hold the figures of steps 1 to {done} of {folder}; begin anew with --overwrite")
         return folder, lines
     if damaged:
         raise RunError(f"--resume: no checkpoint in {out}/checkpoint is whole; begin anew with --overwrite")

@@ -120,10 +120,9 @@ class Pool:
 
 
 def default_size():
-    """Workers per process: its cores (parallel.keep_apart may have divided them already), its share of the machine's at most, and 8."""
-    cores = os.cpu_count() or 1
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(8, own, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Workers of a process: as many as it has cores, which parallel.keep_apart divides among the ranks of a machine, at most 8."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, own))
 
 
 # ---------------------------------------------------------------------------- inside the worker

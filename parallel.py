@@ -32,11 +32,11 @@ def world():
 
 
 def keep_apart():
-    """Each process of a machine keeps to its share of the cores. Left alone, Linux moves those that talk to each other to one core."""
-    rank, n = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if each := len(cores) // n:
-        os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
+    """Each process of a machine keeps to its share of the cores. Left alone, Linux may put those that talk to each other on one."""
+    rank, n = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[rank * len(cores) // n : (rank + 1) * len(cores) // n] or [cores[rank % len(cores)]])
 
 
 def gather(value):
@@ -65,7 +65,7 @@ def together(function, *arguments):
 
 
 def leader(function, *arguments):
-    """What function(*arguments) returns or raises in rank 0, the only one to call it, in all processes."""
+    """What function(*arguments) returns in rank 0, the only one to call it, or its OSError or ValueError, in all processes."""
     result, error = gather(outcome(function, *arguments) if world()[0] == 0 else None)[0]
     if error:
         raise error
@@ -88,7 +88,7 @@ def share(function, *lists):
 
 
 def interleave(mine, counts):
-    """Lists of rows (count, ...) alike on all n processes, this one has rows rank, rank + n, ... of each: one exchange for all of them."""
+    """Blocks of `counts` rows, whole, on all n processes, by one exchange. `mine` holds rows rank, rank + n, ... of each block."""
     n = world()[1]
     if n == 1 or not mine:
         return mine

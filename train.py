@@ -309,7 +309,9 @@ def train(o):
 def main():
     o = options()
     if "RANK" in os.environ:  # set by torchrun
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if o.device == "cuda" else keep_apart()
+        keep_apart()
+        if o.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if o.device == "cuda" else "gloo")
     try:
         if status := ending(train, o):

@@ -345,11 +345,10 @@ def test_processes_divide_the_work_and_all_get_the_whole_in_order(work_of_one, w
 
 def test_each_process_keeps_to_cores_of_its_own_where_there_are_enough(work_of_several):
     (whole, *_), own = zip(*(result["cores"] for result in work_of_several[1]))
-    if len(whole) < len(own):
-        assert all(cores == whole for cores in own)
-    else:
-        assert {len(cores) for cores in own} == {len(whole) // len(own)} and set.union(*own) <= whole
-        assert sum(map(len, own)) == len(set.union(*own))  # none belongs to two
+    assert set.union(*own) <= whole and all(own) == bool(whole)  # none on macOS
+    if len(whole) >= len(own):
+        assert set.union(*own) == whole and sum(map(len, own)) == len(whole)  # all are used, and none by two
+        assert max(map(len, own)) <= min(map(len, own)) + 1
 
 
 def test_all_processes_learn_what_each_one_has_and_of_an_error_in_one(work_of_one, work_of_several):

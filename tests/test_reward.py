@@ -243,8 +243,9 @@ def test_a_script_without_a_main_guard_is_not_run_again_by_the_workers(tmp_path)
 
 def test_ranks_of_one_machine_share_its_cores_and_each_has_its_own_workers():
     code = r"""if True:
-        import os, reward
-        os.environ["LOCAL_WORLD_SIZE"] = "64"
+        import os, parallel, reward
+        os.environ |= {"LOCAL_RANK": "63", "LOCAL_WORLD_SIZE": "64"}
+        parallel.keep_apart()
         print(reward.grade(r"\boxed{1+x}", "x+1"), reward.pool().size)
         if os.fork() == 0:
             print(reward.grade(r"\boxed{x+1+0}", "x+1"), len(reward.POOLS), flush=True)

@@ -7,7 +7,8 @@ Operations are those of the matrix products alone: 2 for each weight and token f
 of its completions; a row without signal has no backward. Bytes: when sampling, all weights at every token, and keys and values up to the position;
 else every weight once for each mini-batch and direction, and 4 x 10 numbers for each token, layer and unit of width, which is what
 the elementwise operations of a layer read and write at least (norms, rotary embedding, gate, residual). The bound is the larger of the two times.
-Seconds are those of the processor on a CPU. The parts of "update" are timed by themselves: the second scoring, and the rest.
+Seconds are those of the processor on a CPU. The parts of "update" are timed by themselves: the second scoring, and the rest. Beside them stand the share
+of padding in what is scored, and the shares that kinds of operators have in the time that all operators of a scoring pass take.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def padding(kept, o):
 
 
 def shares(policy, kept, o):
-    """What a scoring pass over the first mini-batch spends its time on, as shares: matrix products, attention, and all else, one small operation after another."""
+    """Of the time that the operators of a scoring pass over the first mini-batch take, as the profiler sees it, the shares of kinds of them."""
     rows = [(g["prompt"], c) for g in kept[: o.mini_batch] for c in g["completions"]]
     with torch.profiler.profile() as trace, torch.no_grad():
         for _ in range(10):
@@ -98,7 +99,7 @@ def shares(policy, kept, o):
     spent = {e.key: e.self_cpu_time_total for e in trace.key_averages()}
     part = lambda *words: sum(t for key, t in spent.items() if any(word in key for word in words)) / sum(spent.values())
     products, attention = part("aten::mm", "addmm", "bmm"), part("scaled_dot_product")
-    return {"products": products, "attention": attention, "the rest": 1 - products - attention}
+    return {"products": products, "attention": attention, "others": 1 - products - attention}
 
 
 def main():

@@ -3,9 +3,9 @@
     python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]      writes results/ranks.json
 
 Width 64 is the embedded policy (75,000 parameters) under grpo with the default options. The others are as deep, wider and have
-random weights, which no reward would ever move: there entropy_bonus makes the gradient. Runs of one and of two processes alternate; the figure is the
-ratio of their median seconds a step, without the first step. Beside it stands what it would be if the processes needed nothing of each
-other: one process is also given half of the work. Meaningful only where two cores are idle; the load is noted, too.
+random weights, which no reward would ever move: there entropy_bonus makes the gradient. The figure is the ratio of the median seconds a step, without
+the first step. Beside it stands what it would be if the processes needed nothing of each other: one process is also given half of the work. The three kinds of runs
+alternate. Meaningful only where two cores are idle; the load is noted, too.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from statistics import median
 
-from machine import ROOT, random_policy, seconds_of_steps
+from machine import ROOT, machine, random_policy, seconds_of_steps
 
 
 def seconds(ranks, work, out):
@@ -48,7 +48,7 @@ def main():
                         "times_the_work": gain, "without_exchange": bound, "load": os.getloadavg()[0]})  # fmt: skip
         print(f"width {width}, {parameters:,} parameters: {one['total']:.3f} s a step with one process, {two['total']:.3f} with two: {gain:.2f} times the work;"
               f" half of it alone {half['total']:.3f} s, so {bound:.2f} at best (load {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
-    rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.3g}"))
+    rounded = json.loads(json.dumps({"machine": machine(), "widths": figures}), parse_float=lambda x: float(f"{float(x):.3g}"))
     o.out.write_text(json.dumps(rounded, indent=1) + "\n")
 
 
