@@ -125,8 +125,8 @@ def sizes(runs, bases, out, width=5):
     """
     runs = {base_of(row): group for row, group in runs.items()}
     last = min(len(steps) for group in runs.values() for steps in group)
-    lines = ["", "", "| parameters | seeds | entropy, first step | last | a | b | ceiling -a + b | R^2 of means over 5 steps | ceiling of each seed |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["", "", "| parameters | share | seeds | entropy, first step | last | a | b | ceiling -a + b | R^2 of means over 5 steps | ceiling of each seed |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     shown, laws = [], []
     order = sorted(runs, key=lambda base: bases[base]["parameters"])
     for base, colour in zip(order, ("#E69F00", "#000000", "#0072B2", "#D55E00")):
@@ -139,7 +139,7 @@ def sizes(runs, bases, out, width=5):
         r2 = law.quality(R, fit.predict(H), width)["r2"]
         ceilings = " ".join(f"{fit_law(*pair).ceiling:.2f}" for pair in pairs)
         ends = [fmean(steps[i]["entropy"] for steps in cut) for i in (0, -1)]
-        lines.append(f"| {bases[base]['parameters']:,} | {len(pairs)} | {ends[0]:.3f} | {ends[1]:.3f} | {span(fit.a, a)} | {span(fit.b, b)} "
+        lines.append(f"| {bases[base]['parameters']:,} | {bases[base]['share']:.2%} | {len(pairs)} | {ends[0]:.3f} | {ends[1]:.3f} | {span(fit.a, a)} | {span(fit.b, b)} "
                      f"| {span(fit.ceiling, b - a)} | {r2:.2f} | {ceilings} |")  # fmt: skip
         label = f"{bases[base]['parameters']:,} parameters: a {fit.a:.2f}, b {fit.b:.2f}"
         shown.append((None, colour, cut))

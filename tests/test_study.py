@@ -48,14 +48,14 @@ def test_sizes_recovers_the_law_that_the_runs_obey(tmp_path):
     runs = {f"grpo, {base}": [[line_of(i + 1, h, -a * math.exp(h) + b + 0.001 * (-1) ** (i + k)) for i, h in enumerate(H)] for k in range(3)]
             for base, a, b in (("small", 1.0, 1.5), ("large", 2.0, 2.7))}  # fmt: skip
     runs["grpo, large"][0] = runs["grpo, large"][0][:20]  # all are cut to the shortest
-    bases = {"small": {"parameters": 1000}, "large": {"parameters": 9000}}
+    bases = {"small": {"parameters": 1000, "share": 0.002}, "large": {"parameters": 9000, "share": 0.003}}
     table = starting.sizes(runs, bases, tmp_path).strip().splitlines()
     assert (tmp_path / "sizes.png").exists()
     cells = [[cell.strip().split(" ")[0] for cell in row.split("|")[1:-1]] for row in table[2:]]
-    assert [row[0] for row in cells] == ["1,000", "9,000"]
-    assert [float(row[4]) for row in cells] == pytest.approx([1.0, 2.0], abs=0.01)
-    assert [float(row[6]) for row in cells] == pytest.approx([0.5, 0.7], abs=0.01)
-    assert float(cells[0][3]) == pytest.approx(H[19], abs=0.001)
+    assert [row[:2] for row in cells] == [["1,000", "0.20%"], ["9,000", "0.30%"]]
+    assert [float(row[5]) for row in cells] == pytest.approx([1.0, 2.0], abs=0.01)
+    assert [float(row[7]) for row in cells] == pytest.approx([0.5, 0.7], abs=0.01)
+    assert float(cells[0][4]) == pytest.approx(H[19], abs=0.001)
 
 
 def test_shares_has_a_row_for_each_base_and_method_common_first(tmp_path):

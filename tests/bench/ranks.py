@@ -1,11 +1,11 @@
 """How much more two processes of one thread each do than one process of one thread, for policies of several widths.
 
-    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]      writes results/ranks.json
+    python tests/bench/ranks.py [--widths 64 128 256] [--pairs 3] [--steps 6]      adds a measurement to results/ranks.json
 
 Width 64 is the embedded policy (75,000 parameters) under grpo with the default options. The others are as deep, wider and have
 random weights, which no reward would ever move: there entropy_bonus makes the gradient. The figure is the ratio of the median seconds a step, without
 the first step. Beside it stands what it would be if the processes needed nothing of each other: one process is also given half of the work. The three kinds of runs
-alternate. Meaningful only where two cores are idle; the load is noted, too.
+alternate. Meaningful only where two cores are idle; the load is noted, too. Measurements are kept, for they differ from one quarter of an hour to the next.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def main():
         print(f"width {width}, {parameters:,} parameters: {one['total']:.3f} s a step with one process, {two['total']:.3f} with two: {gain:.2f} times the work;"
               f" half of it alone {half['total']:.3f} s, so {bound:.2f} at best (load {os.getloadavg()[0]:.1f})", flush=True)  # fmt: skip
     rounded = json.loads(json.dumps({"machine": machine(), "widths": figures}), parse_float=lambda x: float(f"{float(x):.3g}"))
-    o.out.write_text(json.dumps(rounded, indent=1) + "\n")
+    before = json.loads(o.out.read_text()) if o.out.exists() else []
+    o.out.write_text(json.dumps([*before, rounded], indent=1) + "\n")
 
 
 if __name__ == "__main__":
