@@ -156,13 +156,16 @@ def recompute(model):
         layer.forward = once_more(layer.forward)
 
 
-def score(model, prompts, completions, temperature, o):
-    """Log-prob and entropy of every completion token, without gradient: two tensors (B, T) on the CPU, alike on all processes."""
-    return score_each(model, [{"prompts": prompts, "completions": completions}], temperature, o)[0]
+def score(model, batch, temperature, o):
+    """Log-prob and entropy of every completion token, without gradient: two tensors (B, T) on the CPU, alike on all processes.
+
+    batch: its "prompts" and "completions" are lists of B lists of token ids.
+    """
+    return score_each(model, [batch], temperature, o)[0]
 
 
 def score_each(model, batches, temperature, o):
-    """The same of each mini-batch in a list, [(logp, entropy), ...], with one exchange for all."""
+    """The same of several mini-batches, [(logp, entropy), ...], with one exchange for all."""
     rank, n = world()
     counts, width = [len(b["prompts"]) for b in batches], max((len(c) for b in batches for c in b["completions"]), default=0)
     rows = [torch.zeros(len(range(count)[rank::n]), 2, width) for count in counts]
@@ -176,9 +179,9 @@ def score_each(model, batches, temperature, o):
     return [tuple(x.contiguous() for x in whole[:, :, :T].unbind(1)) for whole, T in scored]
 
 
-def backward(model, prompts, completions, dlogp, dentropy, o):
+def backward(model, batch, dlogp, dentropy, o):
     """Takes dL/dlogp and dL/dH (B, T) back to the parameters of the model, this process's rows of them."""
-    rank, n = world()
+    (rank, n), prompts, completions = world(), batch["prompts"], batch["completions"]
     signal = ((dlogp != 0) | (dentropy != 0)).any(1)
     rows = [i for i in range(len(prompts)) if signal[i]][rank::n]
     for group in micro_batches([prompts[i] for i in rows], [completions[i] for i in rows], o.micro_batch):

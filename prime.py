@@ -60,11 +60,11 @@ def judge(prm, batches, o):
 
 def learn(prm, batch, o):
     """One update of phi on the outcomes of a mini-batch, exact like the policy's: see parallel.py."""
-    phi_logp, entropy = score(prm.model, batch["prompts"], batch["completions"], o.temperature, o)
+    phi_logp, entropy = score(prm.model, batch, o.temperature, o)
     loss = outcome_loss(token_rewards(phi_logp.requires_grad_(), batch["ref_logp"], batch["mask"], o.prm_beta), batch["rewards"])
     (dlogp,) = torch.autograd.grad(loss, phi_logp)
     prm.optimizer.zero_grad(set_to_none=True)
-    backward(prm.model, batch["prompts"], batch["completions"], dlogp, torch.zeros_like(entropy), o)
+    backward(prm.model, batch, dlogp, torch.zeros_like(entropy), o)
     norm = torch.nn.utils.clip_grad_norm_(prm.model.parameters(), o.grad_clip)
     if torch.isfinite(norm) and torch.isfinite(loss):
         prm.optimizer.step()

@@ -55,7 +55,7 @@ def refresh(sampler, model):
 
 def update(policy, batch, generator, first, o):
     """One mini-batch: covariance -> selection -> loss -> update. Returns its Tokens and what is logged, as sums and counts."""
-    logp, entropy = score(policy.model, batch["prompts"], batch["completions"], o.temperature, o)
+    logp, entropy = score(policy.model, batch, o.temperature, o)
     if first and not torch.equal(logp.nan_to_num(), batch["old_logp"].nan_to_num()):  # a policy of NaN is another matter: skipped below
         raise RuntimeError("the first ratio is not exactly 1: old and new log-probs come from different computations")
     t = losses.Tokens(logp.requires_grad_(), batch["old_logp"], batch["advantages"], batch["mask"], entropy.requires_grad_(), generator,
@@ -65,7 +65,7 @@ def update(policy, batch, generator, first, o):
     dlogp, dentropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True, materialize_grads=True)
 
     policy.optimizer.zero_grad(set_to_none=True)
-    backward(policy.model, batch["prompts"], batch["completions"], dlogp, dentropy, o)
+    backward(policy.model, batch, dlogp, dentropy, o)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), o.grad_clip)
     finite = bool(torch.isfinite(norm) and torch.isfinite(loss))
     if finite and norm > 0:  # without a signal AdamW would still move, by its momentum

@@ -197,11 +197,17 @@ def test_chunks_change_neither_values_nor_order_nor_gradients(model, monkeypatch
         assert (g - whole_gradient).norm() < 1e-6 * whole_gradient.norm()
 
 
-def test_the_logits_of_all_tokens_are_never_held_neither_forward_nor_for_the_backward(narrow, monkeypatch):
-    V, model = 100, narrow(vocab_size=100)
+def three_at_a_time(narrow, monkeypatch, V=100):
+    """V, a model with that vocabulary whose head takes three tokens at a time, and the numbers of logits that it will have computed."""
+    model, chunks = narrow(vocab_size=V), []
     monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 3 * V + V // 2)
-    chunks, kept = [], []
     model.get_output_embeddings().register_forward_hook(lambda module, x, logits: chunks.append(logits.numel()))
+    return V, model, chunks
+
+
+def test_the_logits_of_all_tokens_are_never_held_neither_forward_nor_for_the_backward(narrow, monkeypatch):
+    V, model, chunks = three_at_a_time(narrow, monkeypatch)
+    kept = []
 
     def keep(x):
         if x.shape[-1:] == (V,):  # logits or their softmax
@@ -235,10 +241,8 @@ def test_backward_adds_to_the_gradients_what_autograd_would_through_the_scores(m
 
 
 def test_backward_computes_each_chunk_once_and_holds_one_at_a_time(narrow, monkeypatch):
-    V, model = 100, narrow(vocab_size=100)
-    monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 3 * V + V // 2)
-    chunks, kept = [], []
-    model.get_output_embeddings().register_forward_hook(lambda module, x, logits: chunks.append(logits.numel()))
+    V, model, chunks = three_at_a_time(narrow, monkeypatch)
+    kept = []
 
     def keep(x):
         if x.shape[-1:] == (V,) and len(x) <= 16:  # logits or their softmax, not the head's weight

@@ -91,7 +91,7 @@ def test_the_entropy_and_what_else_is_the_policys_is_over_all_rollouts_before_fi
     for r in range(3):  # each round's own random numbers
         ids = [ids for ids, _ in train.problems_of_step(loaded[1], r + 1, o)]
         drawn += [(ids[i // 4], c) for i, c in enumerate(train.draw_rollouts(policy, ids, f"1.{r}" if r else 1, o))]
-    _, H = train.score(policy.model, [p for p, _ in drawn], [c for _, c in drawn], 1.0, o)
+    _, H = train.score(policy.model, {"prompts": [p for p, _ in drawn], "completions": [c for _, c in drawn]}, 1.0, o)
     tokens = sum(len(c) for _, c in drawn)
     assert filtered["tokens"] == tokens and filtered["completion_length"] == tokens / 48
     assert filtered["entropy"] == pytest.approx(H.sum().item() / tokens, rel=1e-5)

@@ -149,7 +149,7 @@ def test_scores_are_exact_and_stand_with_their_own_rows_whatever_the_micro_batch
     want = [x.detach().float() for x in plain_scores(model, batch["prompts"], batch["completions"], 0.8)]
     for tokens in (1, 20, 45, 10**6):
         o.micro_batch = tokens
-        got = parallel.score(model, batch["prompts"], batch["completions"], 0.8, o)
+        got = parallel.score(model, batch, 0.8, o)
         for mine, theirs in zip(got, want):
             assert not mine.requires_grad and mine.dtype == torch.float32
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
@@ -222,7 +222,7 @@ def test_a_row_whose_only_gradient_is_that_of_its_entropy_is_not_left_out(model)
     dlogp = torch.zeros(len(LENGTHS), 9)
     dentropy = dlogp.clone()
     dentropy[5, 3] = 1.0
-    parallel.backward(model, batch["prompts"], batch["completions"], dlogp, dentropy, o)
+    parallel.backward(model, batch, dlogp, dentropy, o)
     _, H = plain_scores(model, batch["prompts"], batch["completions"], o.temperature)
     want = torch.autograd.grad(H[5, 3], list(model.parameters()))
     assert distance([p.grad for p in model.parameters()], want) < 1e-6
@@ -232,7 +232,7 @@ def test_without_any_gradient_nothing_goes_through_the_model_and_gradients_are_z
     o = options("grpo")
     batch, seen = batch_of(model, o), seen_with_gradient(monkeypatch)
     zero = torch.zeros(len(LENGTHS), 9)
-    parallel.backward(model, batch["prompts"], batch["completions"], zero, zero, o)
+    parallel.backward(model, batch, zero, zero, o)
     assert not seen and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 

@@ -85,9 +85,9 @@ def updates(monkeypatch):
         kept[-1] = (batch, t, log, kept[-1])
         return t, log
 
-    def spy_backward(model, prompts, completions, dlogp, *rest):
+    def spy_backward(model, batch, dlogp, *rest):
         kept.append(dlogp.clone())
-        return backward(model, prompts, completions, dlogp, *rest)
+        return backward(model, batch, dlogp, *rest)
 
     monkeypatch.setattr(train, "update", spy)
     monkeypatch.setattr(train, "backward", spy_backward)

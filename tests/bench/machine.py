@@ -25,6 +25,11 @@ def machine():
     }  # fmt: skip
 
 
+def padding(lengths, groups):
+    """Share of the positions that hold no token when rows of these lengths go through a model in these groups of indices."""
+    return 1 - sum(lengths[i] for g in groups for i in g) / sum(len(g) * max(lengths[i] for i in g) for g in groups)
+
+
 def random_policy(folder, **changes):
     """The embedded policy's architecture and tokenizer with another configuration, its weights random. Returns the number of parameters."""
     config = transformers.AutoConfig.from_pretrained(ROOT / "tiny")

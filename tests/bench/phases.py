@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from machine import machine
+from machine import machine, padding
 
 import entropy
 import train
@@ -79,15 +79,13 @@ def bounds(policy, kept, no_signal, o, rate):
     return {phase: {"operations": operations[phase] / rate[by["operations"]], "bytes": moved[phase] / rate[by["bytes"]]} for phase in operations}, rows
 
 
-def padding(kept, o):
-    """Share of the positions that go through the model when the rollouts of a step are scored and hold no token."""
-    tokens = positions = 0
-    for i in range(0, len(kept), o.mini_batch):
-        rows = [(g["prompt"], c) for g in kept[i : i + o.mini_batch] for c in g["completions"]]
-        for some in micro_batches(*zip(*rows), o.micro_batch):
-            lengths = [len(rows[j][0]) + len(rows[j][1]) for j in some]
-            tokens, positions = tokens + sum(lengths), positions + len(lengths) * max(lengths)
-    return 1 - tokens / positions
+def padding_of(kept, o):
+    """Share of padding when the rollouts of a step are scored."""
+    prompts, completions = zip(*[(g["prompt"], c) for g in kept for c in g["completions"]])
+    size = o.mini_batch * o.samples
+    groups = [[i + j for j in some] for i in range(0, len(prompts), size)
+              for some in micro_batches(prompts[i : i + size], completions[i : i + size], o.micro_batch)]  # fmt: skip
+    return padding([len(p) + len(c) for p, c in zip(prompts, completions)], groups)
 
 
 def shares(policy, kept, o):
@@ -138,7 +136,7 @@ def main():
         bound, rows = bounds(policy, kept_of[-1][0], metrics["no_signal"], o, rate)
     last = taken[len(taken) // 2 :]
     figures = {
-        "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "padding": padding(kept_of[-1][0], o),
+        "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "padding": padding_of(kept_of[-1][0], o),
         "shares of a scoring pass": spent, "bound of the last step, seconds": bound,
         "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
     }  # fmt: skip

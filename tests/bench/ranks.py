@@ -36,8 +36,7 @@ def main():
         taken = {"one": [], "two": [], "half": []}
         with tempfile.TemporaryDirectory() as folder:
             parameters = random_policy(folder, hidden_size=width, intermediate_size=2 * width, head_dim=width // 4)  # four heads
-            work = ["--method", "grpo"] if width == 64 else ["--method", "entropy_bonus", "--model", folder]
-            prompts, mini_batch = (64, 8) if width == 64 else (32, 16)
+            work, prompts, mini_batch = (["--method", "grpo"], 64, 8) if width == 64 else (["--method", "entropy_bonus", "--model", folder], 32, 16)
             for pair in range(o.pairs):
                 for name, ranks, part in (("one", 1, 1), ("two", 2, 1), ("half", 1, 2)):
                     size = ["--prompts", prompts // part, "--mini-batch", mini_batch // part, "--steps", o.steps]

@@ -41,10 +41,10 @@ def measure(rows, length, vocabulary, model, device, repeats):
     prompts = [[1 + i % 200, 2, 3, 4] for i in range(rows)]
     clock = time.process_time if device == "cpu" else time.perf_counter
 
-    def update(completions):
-        parallel.score(policy, prompts, completions, 1.0, o)
+    def update(batch):
+        parallel.score(policy, batch, 1.0, o)
         optimizer.zero_grad(set_to_none=True)
-        parallel.backward(policy, prompts, completions, torch.ones(rows, length), torch.zeros(rows, length), o)
+        parallel.backward(policy, batch, torch.ones(rows, length), torch.zeros(rows, length), o)
         optimizer.step()
         return sum(p.sum() for p in policy.parameters()).item()  # a GPU is waited for
 
@@ -53,9 +53,10 @@ def measure(rows, length, vocabulary, model, device, repeats):
         times = [clock()]
         completions = [c for group in rollout.sample(policy, prompts[::8], 8, length, 1.0, {-1}, torch.Generator().manual_seed(0)) for c in group]
         times.append(clock())
-        parallel.score(policy, prompts, completions, 1.0, o)
+        batch = {"prompts": prompts, "completions": completions}
+        parallel.score(policy, batch, 1.0, o)
         times.append(clock())
-        update(completions)
+        update(batch)
         times.append(clock())
         for name, a, b in zip(best, times, times[1:]):
             best[name] = min(best[name], b - a)

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 
 import torch
-from machine import machine
+from machine import machine, padding
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import entropy
@@ -92,8 +92,8 @@ def cpu(o):
     }  # fmt: skip
 
 
-def padding():
-    """Share of the tokens that go through the model which are padding: 512 rows, prompts of 64 to 192 tokens."""
+def paddings():
+    """Shares of padding, in order and sorted: 512 rows, prompts of 64 to 192 tokens."""
     rng, shares = random.Random(0), {}
     draws = {"alike (200 to 400)": lambda: rng.randint(200, 400), "unequal (geometric, median 256, at most 2048)": lambda: min(2048, 1 + int(rng.expovariate(0.693 / 256)))}
     for name, draw in draws.items():
@@ -101,10 +101,8 @@ def padding():
         length = [len(p) + len(c) for p, c in zip(prompts, completions)]
         for budget in (4096, 16384):
             groups = parallel.micro_batches(prompts, completions, budget)
-            through = sum(len(g) * max(length[i] for i in g) for g in groups)
             in_order = [range(i, min(i + len(length) // len(groups), len(length))) for i in range(0, len(length), len(length) // len(groups))]
-            shares[f"{name}, {budget} tokens"] = {"sorted": 1 - sum(length) / through,
-                                                  "in the order drawn": 1 - sum(length) / sum(len(g) * max(length[i] for i in g) for g in in_order)}  # fmt: skip
+            shares[f"{name}, {budget} tokens"] = {"sorted": padding(length, groups), "in the order drawn": padding(length, in_order)}
     return shares
 
 
@@ -117,7 +115,7 @@ def cuda(o):
         parallel.recompute(model)
     settings = argparse.Namespace(device="cuda", micro_batch=o.micro_batch, temperature=1.0)
     rng = random.Random(0)
-    prompts, completions = ([[rng.randrange(V) for _ in range(n)] for _ in range(16)] for n in (256, 3840))
+    batch = {name: [[rng.randrange(V) for _ in range(n)] for _ in range(16)] for name, n in (("prompts", 256), ("completions", 3840))}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     dlogp = torch.randn(16, 3840)
 
@@ -133,7 +131,7 @@ def cuda(o):
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        parallel.backward(model, prompts, completions, dlogp, torch.zeros_like(dlogp), settings)
+        parallel.backward(model, batch, dlogp, torch.zeros_like(dlogp), settings)
         optimizer.step()
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -159,7 +157,7 @@ def main():
     o = parser.parse_args()
     if o.way:
         return one(o.way, o.tokens, o.repeats, o.out)
-    figures = {"machine": machine()} | ({"scoring": cpu(o), "padding": padding()} if o.device == "cpu" else {"update": cuda(o)})
+    figures = {"machine": machine()} | ({"scoring": cpu(o), "padding": paddings()} if o.device == "cpu" else {"update": cuda(o)})
     name = "scoring.json" if o.device == "cpu" else f"update_cuda_{o.size}.json"
     (ROOT / "results" / name).write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
