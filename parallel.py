@@ -10,6 +10,8 @@ tensors (B, T) that are small even where the logits (B, T, V) are not. So the ch
    by micro-batch, back through the model, and the gradients are added up. Micro-batches and processes are
    nothing but the order of that sum. A row whose dL/dlogp is zero everywhere is left out of it.
 
+Rows that are the same, as more and more are when a policy loses its entropy, go through the model once.
+
 The price is one more forward pass than if all rows fitted into memory at once. Public implementations
 select tokens and average losses within each micro-batch instead, and their results depend on its size.
 """
@@ -127,11 +129,22 @@ def adamw(model, o):
     return torch.optim.AdamW(model.parameters(), **settings)
 
 
-def micro_batches(prompts, completions, tokens):
-    """Indices of rows in groups of at most `tokens` tokens, padding included, rows of like length together."""
+def distinct(batch):
+    """Rows that differ: the first of each kind, as indices (D,), and for every row the place of its kind among them, (B,).
+
+    As a policy loses its entropy, the completions of a prompt become the same. A model need not be asked twice: log-probs and entropies
+    of the D rows are gathered to all, and what the B rows send back to them is added up.
+    """
+    first = {}
+    rows = [first.setdefault((tuple(p), tuple(c)), i) for i, (p, c) in enumerate(zip(batch["prompts"], batch["completions"]))]
+    return torch.tensor(rows).unique(return_inverse=True)
+
+
+def micro_batches(prompts, completions, tokens, rows=None):
+    """Indices of rows (default: of all) in groups of at most `tokens` tokens, padding included, rows of like length together."""
     length = [len(p) + len(c) for p, c in zip(prompts, completions)]
     groups = [[]]
-    for i in sorted(range(len(length)), key=length.__getitem__, reverse=True):
+    for i in sorted(range(len(length)) if rows is None else rows, key=length.__getitem__, reverse=True):
         if groups[-1] and (len(groups[-1]) + 1) * length[groups[-1][0]] > tokens:
             groups.append([])
         groups[-1].append(i)
@@ -167,25 +180,27 @@ def score(model, batch, temperature, o):
 def score_each(model, batches, temperature, o):
     """The same of several mini-batches, [(logp, entropy), ...], with one exchange for all."""
     rank, n = world()
-    counts, width = [len(b["prompts"]) for b in batches], max((len(c) for b in batches for c in b["completions"]), default=0)
-    rows = [torch.zeros(len(range(count)[rank::n]), 2, width) for count in counts]
-    for batch, mine in zip(batches, rows):
-        prompts, completions = batch["prompts"][rank::n], batch["completions"][rank::n]
-        for group in micro_batches(prompts, completions, o.micro_batch):
+    kinds = [distinct(batch) for batch in batches]
+    width, mine = max((len(c) for b in batches for c in b["completions"]), default=0), []
+    for batch, (first, _) in zip(batches, kinds):
+        prompts, completions, rows = batch["prompts"], batch["completions"], first[rank::n]
+        scores = torch.zeros(len(prompts), 2, width)
+        for group in micro_batches(prompts, completions, o.micro_batch, rows.tolist()):
             with torch.no_grad(), autocast(o):
                 logp, ent = entropies.score(model, [prompts[i] for i in group], [completions[i] for i in group], temperature)
-            mine[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
-    scored = zip(interleave(rows, counts), (max(map(len, b["completions"])) for b in batches))
-    return [tuple(x.contiguous() for x in whole[:, :, :T].unbind(1)) for whole, T in scored]
+            scores[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
+        mine.append(scores[rows])
+    whole = interleave(mine, [len(first) for first, _ in kinds])
+    return [tuple(scores[place, :, : max(map(len, batch["completions"]))].unbind(1)) for batch, (_, place), scores in zip(batches, kinds, whole)]
 
 
 def backward(model, batch, dlogp, dentropy, o):
     """Takes dL/dlogp and dL/dH (B, T) back to the parameters of the model, this process's rows of them."""
     (rank, n), prompts, completions = world(), batch["prompts"], batch["completions"]
+    first, place = distinct(batch)
+    dlogp, dentropy = (torch.zeros_like(d).index_add_(0, first[place], d) for d in (dlogp, dentropy))  # of equal rows to the first
     signal = ((dlogp != 0) | (dentropy != 0)).any(1)
-    rows = [i for i in range(len(prompts)) if signal[i]][rank::n]
-    for group in micro_batches([prompts[i] for i in rows], [completions[i] for i in rows], o.micro_batch):
-        group = [rows[i] for i in group]
+    for group in micro_batches(prompts, completions, o.micro_batch, signal.nonzero()[:, 0].tolist()[rank::n]):
         with autocast(o):
             entropies.backward(model, [prompts[i] for i in group], [completions[i] for i in group], dlogp[group], dentropy[group], o.temperature)
     sum_gradients(model)

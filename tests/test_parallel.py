@@ -29,7 +29,8 @@ import train
 from parallel import gather, leader, micro_batches, share, together
 
 METHODS = list(losses.METHODS)
-LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1)]  # of prompt and completion
+LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1), (3, 9), (3, 9), (2, 2)]  # of prompt and completion
+COPIES = {8: 0, 9: 0, 10: 4}  # rows that are the same as an earlier one
 QUIET = 3  # a row whose group had no signal
 
 
@@ -46,6 +47,8 @@ def batch_of(model, o):
     rng, g = random.Random(0), torch.Generator().manual_seed(0)
     ids = lambda n: [rng.randrange(24) for _ in range(n)]  # 0, the id of padding and of end-of-sequence, among them
     prompts, completions = [ids(p) for p, _ in LENGTHS], [ids(c) for _, c in LENGTHS]
+    for copy_, i in COPIES.items():
+        prompts[copy_], completions[copy_] = list(prompts[i]), list(completions[i])
     mask = torch.arange(9) < torch.tensor([c for _, c in LENGTHS])[:, None]
     with torch.no_grad():
         now, H = plain_scores(model, prompts, completions, o.temperature)
@@ -154,6 +157,37 @@ def test_scores_are_exact_and_stand_with_their_own_rows_whatever_the_micro_batch
             assert not mine.requires_grad and mine.dtype == torch.float32
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
             assert (mine[~batch["mask"]] == 0).all()
+
+
+def test_rows_that_are_the_same_go_through_the_model_once(model):
+    """That the step is the same as if all had gone is what the other tests compare: their mini-batches have such rows."""
+    o = options("grpo", micro_batch=45)
+    batch, seen = batch_of(model, o), []
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.extend(map(tuple, kwargs["input_ids"].tolist())), with_kwargs=True)
+    logp, H = parallel.score(model, batch, o.temperature, o)
+    assert len(seen) == len(set(seen)) == len(LENGTHS) - len(COPIES)
+    for i, j in COPIES.items():
+        assert torch.equal(logp[i], logp[j]) and torch.equal(H[i], H[j])
+    seen.clear()
+    parallel.backward(model, batch, torch.ones_like(logp), torch.zeros_like(H), o)
+    assert len(seen) == len(set(seen)) == len(LENGTHS) - len(COPIES)
+
+
+def test_rows_differ_if_their_prompts_or_their_completions_do_and_wherever_one_ends():
+    rows = [([1, 2], [3]), ([1], [2, 3]), ([1, 2], [3]), ([1, 2], [3, 0]), ([0, 1, 2], [3]), ([1], [2, 3])]
+    first, place = parallel.distinct(dict(zip(("prompts", "completions"), zip(*rows))))
+    assert first.tolist() == [0, 1, 3, 4] and place.tolist() == [0, 1, 0, 2, 3, 1]
+
+
+def test_what_copies_send_back_is_added_up_and_may_cancel(model, monkeypatch):
+    o = options("grpo")
+    batch, seen = batch_of(model, o), seen_with_gradient(monkeypatch)
+    dlogp = torch.zeros(len(LENGTHS), 9)
+    dlogp[0, 2], dlogp[8, 2], dlogp[4, 1], dlogp[10, 1] = 1.0, 2.0, 1.0, -1.0
+    parallel.backward(model, batch, dlogp, torch.zeros_like(dlogp), o)
+    logp, _ = plain_scores(model, batch["prompts"], batch["completions"], o.temperature)
+    want = torch.autograd.grad(3 * logp[0, 2], list(model.parameters()))
+    assert distance([p.grad for p in model.parameters()], want) < 1e-6 and seen == [batch["prompts"][0]]
 
 
 def test_no_more_than_the_budget_goes_through_the_model_at_a_time_forward_or_backward(model, monkeypatch):
