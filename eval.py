@@ -36,6 +36,7 @@ from tqdm import tqdm
 import data
 import reward
 import rollout
+from policy import PolicyError, context, load_policy
 
 # 1. What is measured.
 
@@ -102,7 +103,7 @@ def draw(model, prompts, ids, samples, temperature, max_new_tokens, eos_ids, bat
 
 def answer(model, tokenizer, eos_ids, problems, samples, temperature, max_new_tokens, batch, seed, done=()):
     """Yields (start, records, timeouts) for each batch of problems that is not in `done`; a record is one problem."""
-    ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], rollout.context(model.config) - max_new_tokens, refuse=False)
+    ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], context(model.config) - max_new_tokens, refuse=False)
     step = max(1, batch // samples)
     for start in (s for s in range(0, len(problems), step) if s not in done):
         part = range(start, min(start + step, len(problems)))
@@ -286,7 +287,7 @@ def plan(o, problems):
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         except Exception as error:  # a damaged file makes the library raise anything
             raise data.DataError(f"--model {model}: no checkpoint folder or hub id that loads: {data.one_line(error)}") from None
-        window = rollout.context(config)
+        window = context(config)
         max_new_tokens = o.max_new_tokens or min(8192, 3 * window // 4)
         if max_new_tokens >= window:
             raise data.DataError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the {window} positions of {model}")
@@ -304,7 +305,7 @@ def run(settings, policy, problems, done, log):
     """One model on one benchmark: the batches that are not done yet, each logged as it ends; then the figures."""
     asked = {name: settings[name] for name in ("samples", "temperature", "max_new_tokens", "batch", "seed")}
     if (finished := sum(len(line["records"]) for line in done.values())) < len(problems):  # an error if no prompt fits
-        data.encode_prompts(policy[1], [prompt for prompt, _ in problems], rollout.context(policy[0].config) - settings["max_new_tokens"])
+        data.encode_prompts(policy[1], [prompt for prompt, _ in problems], context(policy[0].config) - settings["max_new_tokens"])
     desc = f"{settings['model'][-30:]} {title(settings['benchmark'])}"
     with tqdm(total=len(problems), initial=finished, desc=desc, unit="problem") as bar:
         for start, records, timeouts in answer(*policy, problems, **asked, done=done) if finished < len(problems) else ():
@@ -331,9 +332,9 @@ def main(argv=None):
                 for benchmark in o.benchmarks:
                     key = model, benchmark
                     if policy is None and sum(len(line["records"]) for line in done[key].values()) < len(problems[benchmark]):
-                        policy = rollout.load_policy(model, o.device, torch.bfloat16 if o.device == "cuda" else torch.float32)
+                        policy = load_policy(model, o.device, torch.bfloat16 if o.device == "cuda" else torch.float32)
                     results.append(run(evaluations[key], policy, problems[benchmark], done[key], log))
-    except (data.DataError, rollout.PolicyError, OSError) as error:
+    except (data.DataError, PolicyError, OSError) as error:
         if (log := o.out.with_suffix(".jsonl")).is_file() and not log.stat().st_size:  # nothing is finished
             log.unlink()
         fail(error)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import losses
-import rollout
+from policy import TINY
 
 # ---------------------------------------------------------------- kinds of values
 
@@ -55,7 +55,7 @@ def fraction(text):
 
 OPTIONS = {
     "policy and problems": [
-        ("--model", str, rollout.TINY, "checkpoint folder or hub id of the starting policy (default: the embedded tiny/)"),
+        ("--model", str, TINY, "checkpoint folder or hub id of the starting policy (default: the embedded tiny/)"),
         ("--data", str, "arithmetic", "training problems: a known name, a local file or a hub id (default: the embedded task)"),
         ("--eval-data", str, "arithmetic_heldout", "held-out problems, likewise (default: those of the embedded task)"),
         ("--prompt-field", str, None, "column of the problem in files with unknown columns (default: found by its name)"),

@@ -24,13 +24,13 @@ import math
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import rollout
 from parallel import backward, score, score_each
+from policy import load_policy
 
 
 def process_model(o):
     """phi as the reference policy, loaded from --model, and its optimizer."""
-    model = rollout.load_policy(o.model, o.device)[0]
+    model = load_policy(o.model, o.device)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.prm_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return argparse.Namespace(model=model, optimizer=optimizer)
 

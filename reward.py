@@ -69,13 +69,14 @@ def grade(response, answer):
 
 
 def grade_all(responses, answers):
-    """`grade` for many pairs. Equal pairs are compared once, open ones in parallel in isolated processes.
+    """`grade` for many pairs. Equal ones are looked at once, open ones compared in parallel in isolated processes.
 
     Raises ValueError if the two lists differ in length, RuntimeError if a grader process cannot be started
     (math-verify is not installed, say).
     """
-    pairs = [(gold, extract_answer(response)) for response, gold in zip(responses, answers, strict=True)]
-    verdicts = {pair: False if pair[1] is None else quick(*pair) for pair in pairs}
+    extracted = {response: extract_answer(response) for response in set(responses)}
+    pairs = [(gold, extracted[response]) for response, gold in zip(responses, answers, strict=True)]
+    verdicts = {pair: False if pair[1] is None else quick(*pair) for pair in set(pairs)}
     undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
     if undecided:
         verdicts.update(zip(undecided, pool().map(undecided)))

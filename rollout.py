@@ -1,6 +1,7 @@
 """Sampling: prompts in, completions out.
 
-1. Each prompt is read once (prefill) and its keys and values are shared by its n samples.
+1. Each prompt is read once (prefill), and its keys and values serve all of its n samples. On a CPU these have one row of the
+   batch in common as long as they are the same; where they draw different tokens, the row is copied (`branch`).
 2. Every row has a write position of its own in the key/value cache, so that prompts of different
    length need no padding on the left and no position is spent on it.
 3. A step only writes into buffers that never move, so a GPU records it once as a CUDA graph, for each number of rows and
@@ -8,7 +9,7 @@
 4. A token is drawn by inverting the distribution function at a uniform random number: it is the first a with
    sum_{a' <= a} p(a') > u.  The uniform numbers belong to (prompt, sample, position), so a completion does not
    depend on what else is being sampled, in which order, on how many processes.
-5. Rows that have ended leave: the batch is compacted to 3/4 of its rows, or 3/4 of that, ..., when so many are idle.
+5. Rows that have ended leave: on a CPU at once, on a GPU when a quarter of them is idle, so that there are few sizes to record.
 
 Sampling is by temperature alone. Top-k or top-p would draw from another distribution than the one
 whose log-probs the loss uses. A row ends with any of the end-of-sequence ids that the checkpoint's
@@ -17,66 +18,18 @@ generation_config lists; that token is part of the completion, for stopping is a
     python rollout.py      samples from the embedded policy
 """
 
-import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
-from transformers.utils.logging import disable_progress_bar
-
-TINY = str(Path(__file__).parent / "tiny")
-disable_progress_bar()  # one bar is enough: the one that shows the training
-
-
-class PolicyError(ValueError):
-    """A checkpoint that cannot serve as a policy; the message is one line for the user."""
-
-
-def load_policy(name, device="cpu", dtype=torch.float32):
-    """Model (in eval mode: no dropout), tokenizer and the set of end-of-sequence ids of a folder or hub id.
-
-    Only safetensors are read, and no code that comes with a checkpoint is run.
-    Raises PolicyError if there is no such checkpoint, if its weights are not those of its architecture, if it has no chat template,
-    no end-of-sequence id, fewer embeddings than its tokenizer has tokens, or a sliding window.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
-                                                             trust_remote_code=False, output_loading_info=True)  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a damaged file of a checkpoint makes the libraries raise anything
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PolicyError(f"--model {name}: not a checkpoint folder or hub id that loads: {what}") from error
-    if missing := sorted(loaded["missing_keys"]):
-        raise PolicyError(f"--model {name}: not the weights of a {type(model).__name__}: {missing[0]} and {len(missing) - 1} others are missing")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise PolicyError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its model {model.get_input_embeddings().num_embeddings}")
-    if tokenizer.chat_template is None:
-        raise PolicyError(f"--model {name}: its tokenizer has no chat template; take an instruct checkpoint or add one")
-    eos = model.generation_config.eos_token_id  # Qwen lists two; the tokenizer knows only one
-    eos = tokenizer.eos_token_id if eos is None else eos
-    if eos is None:
-        raise PolicyError(f"--model {name}: no eos_token_id in generation_config.json nor in the tokenizer")
-    layers = getattr(model.config, "layer_types", None)  # None: one kind of layer, windowed if sliding_window is set
-    if "sliding_attention" in layers if layers else getattr(model.config, "sliding_window", None):
-        raise PolicyError(f"--model {name}: it attends through a sliding window, which the sampler's cache does not do; take another model")
-    return model.to(device).eval(), tokenizer, set(eos if isinstance(eos, list) else [eos])
-
-
-def context(config):
-    """The most tokens that prompt and completion may have together."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 class RowCache(Cache):
     """R rows that are being completed, in buffers that never move: keys and values, and what else a step reads and writes.
 
-    Per layer (R, capacity, heads, dim). Only the first rows are in use, fewer and fewer of them. A CUDA graph of a step refers to
-    these buffers and to the weights by their addresses, so it serves for all later calls, and after updates in place.
+    Per layer (R, capacity, heads, dim), only the first rows in use. A CUDA graph of a step refers to these buffers and to the weights
+    by their addresses, so it serves for all later calls, and after updates in place.
     """
 
     def __init__(self, prefilled, R, capacity, T, eos_ids):
@@ -87,23 +40,22 @@ class RowCache(Cache):
                 setattr(mine, name, prompts.new_zeros(R, capacity, prompts.shape[1], prompts.shape[3]))
         self.R, self.capacity, self.T, self.eos_ids = R, capacity, T, eos_ids
         new = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device=prompts.device)
-        self.token, self.position = new(torch.long, R), new(torch.long, R)  # the last id of each row, and where it will be written
-        self.row, self.ended = new(torch.long, R), new(torch.bool, R)  # which completion a row belongs to
+        self.token, self.position = new(torch.long, R), new(torch.long, R)  # of each row: its last id, and where that will be written
+        self.who, self.ended = new(torch.long, R), new(torch.bool, R)  # the completions that go on
         self.noise, self.out, self.t = new(torch.float32, R, T), new(torch.long, R, T), new(torch.long, 1)  # t: which token is drawn next
         self.eos = torch.tensor(sorted(eos_ids), device=prompts.device)
         self.at, self.length = None, 0  # (R,) position in all rows one after another; how much of the cache attention has to read
         self.graphs, self.pool = {}, None
 
-    def begin(self, prefilled, lengths, noise):
-        """The n rows of each prompt take over its keys and values. lengths: (P,), noise: (P n, T)."""
-        R, T = noise.shape
-        n = R // len(lengths)
+    def begin(self, prefilled, lengths, noise, n):
+        """n rows of each prompt take over its keys and values. lengths: (P,), noise: (completions, T)."""
+        (R, T), rows = noise.shape, len(lengths) * n
         for mine, theirs in zip(self.layers, prefilled.layers):
             for name in ("keys", "values"):
-                buffer, prompts = getattr(mine, name)[:R], getattr(theirs, name).transpose(1, 2)
-                buffer[:, prompts.shape[1] :] = 0  # no mask hides what is not a number
-                buffer[:, : prompts.shape[1]] = prompts.repeat_interleave(n, 0)
-        self.position[:R], self.row[:R], self.ended[:R] = lengths.repeat_interleave(n), torch.arange(R), False
+                buffer, prompts = getattr(mine, name), getattr(theirs, name).transpose(1, 2)
+                buffer[:R, prompts.shape[1] :] = 0  # no mask hides what is not a number
+                buffer[:rows, : prompts.shape[1]] = prompts.repeat_interleave(n, 0)
+        self.position[:rows], self.who[:R], self.ended[:R] = lengths.repeat_interleave(n), torch.arange(R), False
         self.noise[:R, :T], self.t[:], self.length = noise, 0, prompts.shape[1]
 
     def update(self, k, v, layer, *_):
@@ -116,14 +68,37 @@ class RowCache(Cache):
     def get_seq_length(self, layer=0):
         return self.length
 
-    def keep(self, rows):
-        """The first rows become those with these indices, the others leave."""
-        n = len(rows)
+    def keep(self, rows, completions):
+        """The first rows become those with these indices, the first completions likewise; the others leave."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
-                buffer[:n, : self.length] = buffer[rows, : self.length]
-        for buffer in (self.token, self.position, self.row, self.ended):
-            buffer[:n] = buffer[rows]
+                buffer[moved, : self.length] = buffer[rows[moved], : self.length]
+        for buffer, kept in (self.token, rows), (self.position, rows), (self.who, completions), (self.ended, completions):
+            buffer[: len(kept)] = buffer[kept]
+
+    def compact(self, n):
+        """Those of n rows that have ended leave if they are many: how many rows go on. Each has a completion of its own."""
+        fewer = rows_for(n, n - int(self.ended[:n].sum()))
+        if fewer < n:
+            alive = self.ended[:n].long().argsort(stable=True)[:fewer]  # and a few that are not
+            self.keep(alive, alive)
+        return fewer
+
+    def branch(self, of):
+        """Completions that were in one row and drew different tokens go on in rows of their own. of: (C,) the row that each was in.
+
+        Returns the number of rows, and the row of each completion that goes on.
+        """
+        alive = (~self.ended[: len(of)]).nonzero()[:, 0]
+        kinds, of = (of[alive] * 2**32 + self.token[alive]).unique(return_inverse=True)
+        n, parent, place = len(kinds), kinds >> 32, torch.empty_like(kinds)
+        stays = (parent < n) & (parent != parent.roll(1))  # one of each row remains where it is, if there is room
+        free = torch.ones(n, dtype=torch.bool).index_fill_(0, parent[stays], False)
+        place[stays], place[~stays] = parent[stays], free.nonzero()[:, 0]
+        self.keep(parent[place.argsort()], alive)
+        self.token[place] = kinds % 2**32
+        return n, place[of]
 
 
 BUFFERS = weakref.WeakKeyDictionary()  # model -> its RowCache, kept for the next call
@@ -149,11 +124,15 @@ def release(model):
             del BUFFERS[model]
 
 
-def next_token(logits, temperature, u):
-    """One token for each row: (R, V) logits and uniform numbers (R,) in [0, 1) -> (R,). Temperature 0 is greedy."""
+def next_token(logits, temperature, u, of=None):
+    """A token for each of the uniform numbers u (C,) in [0, 1), from logits (n, V) -> (C,). Temperature 0 is greedy.
+
+    of: (C,) which row of logits belongs to each; None: C = n, and they stand in the same order.
+    """
+    of = slice(None) if of is None else of
     if temperature == 0:
-        return logits.argmax(-1)
-    cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+        return logits.argmax(-1)[of]
+    cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1)[of]
     u = (u * cdf[:, -1])[:, None]  # the sum may differ from 1 by rounding
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
@@ -163,17 +142,18 @@ def uniforms(prompts, n, max_new_tokens, generator=None):
     return torch.rand(prompts, n, max_new_tokens, generator=generator)
 
 
-def draw(s, n, logits, temperature):
-    """The next token of the first n rows, from logits (n, V)."""
-    row = s.row[:n]
-    token = next_token(logits, temperature, s.noise[row, s.t])
-    s.token[:n] = s.out[row, s.t] = token
-    s.ended[:n] |= (token[:, None] == s.eos).any(1)
+def draw(s, logits, temperature, of=None):
+    """The next token of the completions that go on, from logits (n, V); of: (C,) the row of each, None: each has its own."""
+    C = len(logits) if of is None else len(of)
+    who = s.who[:C]
+    token = next_token(logits, temperature, s.noise[who, s.t], of)
+    s.token[:C] = s.out[who, s.t] = token
+    s.ended[:C] |= (token[:, None] == s.eos).any(1)
     s.t += 1
 
 
-def decode(model, s, n, length, temperature):
-    """One more token for the first n rows, reading `length` positions of the cache. It only writes into the buffers of s."""
+def decode(model, s, n, length, temperature, of=None):
+    """One more token for the completions in the first n rows, reading `length` positions of the cache. It only writes into the buffers of s."""
     position = s.position[:n]
     s.at, s.length = torch.arange(n, device=model.device) * s.capacity + position, length
     ahead = torch.arange(length, device=model.device) > position[:, None]  # (n, length)
@@ -183,12 +163,14 @@ def decode(model, s, n, length, temperature):
         attention_mask=mask[:, None, None], use_cache=True,
     ).last_hidden_state  # fmt: skip
     position += 1
-    draw(s, n, model.get_output_embeddings()(hidden[:, 0]), temperature)
+    draw(s, model.get_output_embeddings()(hidden[:, 0]), temperature, of)
 
 
 def advance(model, s, *arguments):
     """decode; on a GPU as a CUDA graph, one launch in place of hundreds. The first time as it is, the second time it is recorded."""
-    if model.device.type != "cuda" or arguments not in s.graphs:
+    if model.device.type != "cuda":
+        return decode(model, s, *arguments)
+    if arguments not in s.graphs:
         s.graphs[arguments] = None
         return decode(model, s, *arguments)
     if s.graphs[arguments] is None:
@@ -211,9 +193,14 @@ def bucket(device):
 
 def rows_for(n, alive):
     """How many of n rows go on if so many are alive: 3/4 of n, 3/4 of that, ... so that batches come in few sizes."""
-    while n > 1 and alive <= n * 3 // 4:
+    while n > alive and alive <= n * 3 // 4:
         n = n * 3 // 4
     return n
+
+
+def apart(device):
+    """Whether every completion has a row of its own from the start: on a GPU, where to ask which ones are the same is to wait for it."""
+    return device.type == "cuda"
 
 
 @torch.inference_mode()
@@ -242,20 +229,20 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
     prefill = model.base_model(input_ids=ids, use_cache=True)
     last = prefill.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
     s = buffers(model, prefill.past_key_values, R, width + T, T, eos_ids)
-    s.begin(prefill.past_key_values, lengths, noise.reshape(R, T).to(device))
+    s.begin(prefill.past_key_values, lengths, noise.reshape(R, T).to(device), n if apart(device) else 1)
     del prefill
-    draw(s, R, model.get_output_embeddings()(last).repeat_interleave(n, 0), temperature)
+    of = torch.arange(len(prompts), device=device).repeat_interleave(n)  # in which row each completion is
+    draw(s, model.get_output_embeddings()(last), temperature, of)
 
-    going = R
+    rows, of = R, None if apart(device) else of
     for t in range(1, T):
-        if device.type == "cpu" or t % 8 == 0:  # to look at what a GPU has drawn is to wait for it
-            alive = going - int(s.ended[:going].sum())
-            if alive == 0:
-                break
-            if (fewer := rows_for(going, alive)) < going:
-                s.keep(s.ended[:going].long().argsort(stable=True)[:fewer])  # those that are alive, and a few that are not
-                going = fewer
-        advance(model, s, going, round_up(width + t, bucket(device)), temperature)
+        if of is not None:
+            rows, of = s.branch(of)
+        elif t % 8 == 0:  # to look at what a GPU has drawn is to wait for it
+            rows = s.compact(rows)
+        if rows == 0:
+            break
+        advance(model, s, rows, round_up(width + t, bucket(device)), temperature, of)
 
     out = s.out[:R, :T]
     ends = torch.isin(out, s.eos)
@@ -266,6 +253,7 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
 
 def main():
     from arithmetic import problems
+    from policy import TINY, load_policy
 
     model, tokenizer, eos_ids = load_policy(TINY)
     prompts = [prompt for prompt, _ in problems("heldout", 16)][4:8]

@@ -19,9 +19,9 @@ import data
 import eval as evaluation
 import law
 import plot
-import rollout
 from arithmetic import correct, leftmost
 from entropy import fit_law
+from policy import load_policy
 
 METHODS = ["grpo", "clip_cov", "kl_cov"]
 EMBEDDED = "embedded"  # the base of rows without a comma: tiny/
@@ -54,7 +54,7 @@ def follows(prompt, response, path):
 
 def describe(folder, samples=32):
     """A starting policy: parameters, share of the right strategy, greedy and sampled accuracy, pass@samples."""
-    model, tokenizer, eos_ids = rollout.load_policy(str(folder))
+    model, tokenizer, eos_ids = load_policy(str(folder))
     problems = data.load_problems("arithmetic_heldout")
     figures = lambda n, temperature: evaluation.evaluate(model, tokenizer, eos_ids, problems, n, temperature, 40, batch=4096)
     greedy, sampled = figures(1, 0.0), figures(samples, 1.0)

@@ -29,9 +29,9 @@ import eval as evaluation
 import losses
 import page
 import plot
-import rollout
 import starting
 import theorem
+from policy import TINY, load_policy
 
 HERE = Path(__file__).parent
 WINDOW = 20
@@ -149,7 +149,7 @@ def measure(row, seed):
 
 def starting_policy(samples=32):
     """Greedy and sampled accuracy and pass@32 of the policy that all runs start from: one line."""
-    policy = rollout.load_policy(rollout.TINY)
+    policy = load_policy(TINY)
     problems = data.load_problems("arithmetic_heldout")
     greedy, sampled = (evaluation.evaluate(*policy, problems, n, t, 40, batch=4096) for n, t in ((1, 0.0), (samples, 1.0)))
     return (f"The starting policy: greedy {greedy['accuracy']:.1%}, sampled {sampled['accuracy']:.1%}, "
@@ -212,7 +212,7 @@ def report(study, runs, out=HERE / "results"):
     results = {row: [measure(row, seed) for seed in seeds] for row, seeds in runs.items()}
     read = {row: [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}
     if study in ("shares", "sizes"):
-        results["bases"] = bases = {base: starting.describe(place(base) if base in BASES else rollout.TINY) for base in map(starting.base_of, read)}
+        results["bases"] = bases = {base: starting.describe(place(base) if base in BASES else TINY) for base in map(starting.base_of, read)}
         text = starting.shares(results, read, bases, out) if study == "shares" else starting.sizes(read, bases, out)
     elif study == "theorem":
         results["theorem"] = figures = {f"{row}-s{seed}": theorem.over_run(steps) for row in read for seed, steps in zip(runs[row], read[row])}

@@ -43,6 +43,7 @@ import rollout
 from covariance import predicted_entropy_change
 from entropy import LOGITS_AT_ONCE, entropy
 from parallel import micro_batches
+from policy import TINY, load_policy
 
 PROBLEMS, STATES = 32, 512  # held-out problems that the probe's completions answer, and how many of their states are kept
 
@@ -252,7 +253,7 @@ def demonstrate(rates=tuple(10.0**e for e in (-6, -5, -4, -3.5, -3, -2.5, -2, -1
     from entropy import score
     from losses import group_advantages
 
-    model, tokenizer, eos_ids = rollout.load_policy(rollout.TINY, dtype=torch.float64)
+    model, tokenizer, eos_ids = load_policy(TINY, dtype=torch.float64)
     policy = SimpleNamespace(model=model, sampler=model, tokenizer=tokenizer, eos_ids=eos_ids)
     o = SimpleNamespace(seed=0, max_new_tokens=40, max_prompt_tokens=80)
     problems = data.load_problems("arithmetic", limit=64)

@@ -34,6 +34,7 @@ from checkpoint import begin, conclude, describe, find, go_on, release, restore,
 from metrics import recorder, sample_lines, stopwatch, summary
 from options import options
 from parallel import adamw, backward, gather, keep_apart, leader, recompute, score, score_each, share, together, world
+from policy import PolicyError, context, load_policy
 from prime import process_model, process_rewards
 from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
 
@@ -217,13 +218,13 @@ def load(o, checkpoint=None):
     compares = bool(losses.NEED_REFERENCE & {o.method, o.advantage})  # with the starting policy, also when it is resumed
     if not all(Path(name).is_dir() for name in [source] + [o.model] * compares):
         data.hub_reachable()  # without a network, only the hub's cache is asked, and at once
-    model, tokenizer, eos_ids = rollout.load_policy(source, o.device)
-    room = rollout.context(model.config) - o.max_new_tokens
+    model, tokenizer, eos_ids = load_policy(source, o.device)
+    room = context(model.config) - o.max_new_tokens
     if room <= 0:
-        raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {rollout.context(model.config)} positions of the model")
+        raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {context(model.config)} positions of the model")
     encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, room))
     if train and not any(encoded):
-        raise rollout.PolicyError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
+        raise PolicyError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
     problems = [(ids, answer) for ids, (_, answer) in zip(encoded, train) if ids]
     if not problems:
         raise data.DataError(f"--data {o.data}: no prompt is left to train on ({overlap} dropped as held-out)")
@@ -234,7 +235,7 @@ def load(o, checkpoint=None):
               f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
     policy = argparse.Namespace(
         model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
-        reference=rollout.load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
+        reference=load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
         prm=process_model(o) if o.advantage == "prime" else None, config=config, rounds=0, bad_updates=0, probe=None,
     )  # fmt: skip
     for trained in filter(None, (model, policy.prm and policy.prm.model)) if o.gradient_checkpointing else ():

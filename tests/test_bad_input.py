@@ -12,8 +12,8 @@ from conftest import subprocess_of
 
 import data
 import eval as evaluation
-import rollout
 import train
+from policy import TINY
 
 ROW = '{"problem": "\\\\boxed{1+1=", "answer": "2"}\n'
 SMALL = "--prompts 2 --mini-batch 2 --passes 2 --samples 2 --eval-limit 2 --final-samples 2 --steps 1 --device cpu".split()
@@ -46,7 +46,7 @@ def checkpoints(folder):
     """Checkpoint folders, each the embedded one with one thing wrong."""
 
     def variant(name, change=None, **files):
-        made = shutil.copytree(rollout.TINY, folder / name)
+        made = shutil.copytree(TINY, folder / name)
         for file, value in files.items():
             path = next(p for p in made.iterdir() if p.stem == file)
             path.unlink() if value is None else path.write_bytes(value) if isinstance(value, bytes) else None
@@ -55,9 +55,9 @@ def checkpoints(folder):
         if change:
             change(made)
 
-    originals = {p.name: p.read_text() for p in Path(rollout.TINY).glob("*.json")}
+    originals = {p.name: p.read_text() for p in Path(TINY).glob("*.json")}
     read = lambda path: originals[path.name]
-    weights = (Path(rollout.TINY) / "model.safetensors").read_bytes()
+    weights = (Path(TINY) / "model.safetensors").read_bytes()
     layers = json.loads(originals["config.json"])["num_hidden_layers"]
     more = {"num_hidden_layers": layers + 2, "layer_types": ...}
     remote = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
@@ -66,7 +66,7 @@ def checkpoints(folder):
         (made / "evil.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
 
     (folder / "hollow").mkdir()
-    shutil.copytree(rollout.TINY, folder / "run-before" / "model")
+    shutil.copytree(TINY, folder / "run-before" / "model")
     (folder / "run-before" / "metrics.jsonl").write_text("{}\n")
     (folder / "run-before" / "good.jsonl").write_text(ROW)
     variant("noconfig", config=None)
@@ -284,7 +284,7 @@ def test_what_may_not_be_read_or_written_is_refused(place, few, main, monkeypatc
     sealed, locked = place / "sealed", place / "locked"
     sealed.mkdir(exist_ok=True)
     if not locked.exists():
-        shutil.copytree(rollout.TINY, locked)
+        shutil.copytree(TINY, locked)
     for path in [place / "locked.jsonl", *locked.iterdir()]:
         path.chmod(0)
     sealed.chmod(0o555)
@@ -321,7 +321,7 @@ def test_a_wrong_input_of_an_evaluation_is_one_line_and_nothing_is_written(place
     (place / "result.json").mkdir(exist_ok=True)
     argv, *words = EVAL[name]
     before = tree(place)
-    good = ["--model", rollout.TINY, "--benchmarks", "good.jsonl", "--max-new-tokens", "20", "--device", "cpu"]
+    good = ["--model", TINY, "--benchmarks", "good.jsonl", "--max-new-tokens", "20", "--device", "cpu"]
     status, _, err = main(evaluation, *good, *argv.split())
     assert status == 2 and all(word in err for word in words) and len(err.strip().splitlines()) == 1, err
     assert tree(place) == before

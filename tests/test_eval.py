@@ -21,6 +21,7 @@ SHARED = ROOT.parent / "shared"
 
 import data  # noqa: E402
 import rollout  # noqa: E402
+from policy import load_policy  # noqa: E402
 
 evaluation = importlib.import_module("eval")
 BENCHMARKS = ["math500", "aime2024", "aime2025", "amc23", "omni_math", "olympiadbench", "minerva", "gsm8k_test"]
@@ -117,13 +118,13 @@ def narrow(tmp_path_factory):
         model.save_pretrained(folders[-1])
         AutoTokenizer.from_pretrained(SHARED / "qwen-tokenizer").save_pretrained(folders[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "load_policy", functools.cache(rollout.load_policy))  # the tokenizer takes 0.6 s each time
+        patch.setattr(evaluation, "load_policy", functools.cache(load_policy))  # the tokenizer takes 0.6 s each time
         yield [str(folder) for folder in folders]
 
 
 @pytest.fixture(scope="module")
 def policy(narrow):
-    return rollout.load_policy(narrow[0], "cpu", torch.float32)
+    return load_policy(narrow[0], "cpu", torch.float32)
 
 
 def run(*options):
@@ -273,14 +274,14 @@ def test_interrupted_and_continued_equals_uninterrupted(command, tmp_path, monke
 
 def test_finished_evaluation_is_shown_again_without_loading_the_model(command, tmp_path, monkeypatch):
     run(*command, "--out", tmp_path / "a.json")
-    monkeypatch.setattr(rollout, "load_policy", None)
+    monkeypatch.setattr(evaluation, "load_policy", None)
     assert run(*command, "--out", tmp_path / "a.json")[0] == 0
 
 
 def test_continuing_with_other_settings_is_refused_in_one_line(command, narrow, tmp_path, monkeypatch, capsys):
     run(*command, "--out", tmp_path / "a.json")
     before = (tmp_path / "a.jsonl").read_bytes()
-    monkeypatch.setattr(rollout, "load_policy", None)
+    monkeypatch.setattr(evaluation, "load_policy", None)
     for option, value, name in (("--samples", 4, "samples"), ("--limit", 3, "content"), ("--seed", 1, "seed"), ("--temperature", 1, "temperature")):
         capsys.readouterr()
         assert run(*command, option, value, "--out", tmp_path / "a.json") == (2, None)
@@ -326,7 +327,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_value_is_one_line_and_status_2_before_a_model_is_loaded(name, narrow, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rollout, "load_policy", None)
+    monkeypatch.setattr(evaluation, "load_policy", None)
     with pytest.raises(SystemExit) as caught:
         evaluation.main([narrow[0] if word == "NARROW" else word for word in WRONG[name]])
     out, error = capsys.readouterr()

@@ -29,7 +29,7 @@ import train
 from parallel import gather, leader, micro_batches, share, together
 
 METHODS = list(losses.METHODS)
-LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1), (3, 9), (3, 9), (2, 2)]  # of prompt and completion
+LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1), (3, 9), (3, 9), (2, 2), (6, 3)]  # of prompt and completion
 COPIES = {8: 0, 9: 0, 10: 4}  # rows that are the same as an earlier one
 QUIET = 3  # a row whose group had no signal
 

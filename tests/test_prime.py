@@ -106,7 +106,7 @@ def prm_and_batch(**changes):
     batch = batch_of(model, o)
     ref_logp, _ = plain_scores(_narrow(dtype=torch.float64, seed=1), batch["prompts"], batch["completions"], o.temperature)
     batch["ref_logp"] = ref_logp.detach().float()
-    batch["rewards"] = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0])
+    batch["rewards"] = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 1, 0])
     return argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)), batch, o
 
 
@@ -115,8 +115,8 @@ def test_the_lesson_is_the_gradient_of_the_whole_mini_batch_whatever_the_micro_b
     prm, batch, o = prm_and_batch(micro_batch=tokens)
     model = copy.deepcopy(prm.model)
     logp, _ = plain_scores(model, batch["prompts"], batch["completions"], o.temperature)
-    verdicts = [(0.2 * (logp[i] - batch["ref_logp"][i])[batch["mask"][i]]).sum() for i in range(8)]
-    loss = -sum(torch.nn.functional.logsigmoid(v if right else -v) for v, right in zip(verdicts, batch["rewards"])) / 8
+    verdicts = [(0.2 * (logp[i] - batch["ref_logp"][i])[batch["mask"][i]]).sum() for i in range(12)]
+    loss = -sum(torch.nn.functional.logsigmoid(v if right else -v) for v, right in zip(verdicts, batch["rewards"])) / 12
     want = torch.autograd.grad(loss, list(model.parameters()))
     prime.learn(prm, batch, o)
     assert distance([p.grad for p in prm.model.parameters()], want) < 1e-6

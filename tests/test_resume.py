@@ -25,8 +25,8 @@ import data
 import losses
 import options
 import plot
-import rollout
 import train
+from policy import TINY, load_policy
 
 SHORT = ("--steps 4 --save-every 1 --eval-every 2 --prompts 4 --mini-batch 2 --samples 4 --eval-limit 4 --final-samples 2 --seed 5"
          " --device cpu --lr 1e-3 --cov-low 0.05 --clip-cov-ratio 0.1 --kl-cov-ratio 0.1").split()  # fmt: skip
@@ -42,7 +42,7 @@ def quick(monkeypatch):
 @pytest.fixture(autouse=True, scope="module")
 def warm(tmp_path_factory):
     """What is imported when first needed is imported here, once for all forks."""
-    rollout.load_policy(rollout.TINY)[0].save_pretrained(tmp_path_factory.mktemp("warm"))
+    load_policy(TINY)[0].save_pretrained(tmp_path_factory.mktemp("warm"))
 
 
 def run(out, *argv, at=None, send=signal.SIGKILL, file_size=None):
@@ -430,7 +430,7 @@ def test_whatever_the_policy_keeps_is_saved_and_restored(four, tmp_path):
     optimizer.step()
 
     policy = SimpleNamespace(kept={"judge": model, "optimizer": optimizer}, rounds=5, bad_updates=3)
-    policy.model, policy.tokenizer, _ = rollout.load_policy(rollout.TINY)
+    policy.model, policy.tokenizer, _ = load_policy(TINY)
     checkpoint.write_checkpoint(policy, 7, tmp_path / "step-7")
     assert checkpoint.damage(tmp_path / "step-7") is None
     other = torch.nn.Linear(2, 2)

@@ -34,7 +34,7 @@ def test_the_paths_are_those_of_the_strategies():
 
 
 def test_the_embedded_policy_rarely_tries_precedence():
-    found = starting.describe(study.rollout.TINY, samples=4)
+    found = starting.describe(study.TINY, samples=4)
     assert 0 < found["share"] < 0.01
     assert found["sampled"] < found["greedy"] < found["pass"]
 

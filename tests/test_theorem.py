@@ -14,10 +14,10 @@ from matplotlib.image import imread
 import data
 import page
 import plot
-import rollout
 import theorem
 import train
 from covariance import token_covariance
+from policy import TINY, load_policy
 
 PROBE = {
     "rows": [[[3, 1, 4], [1, 5, 9, 2]], [[6], [5, 3, 5]], [[8, 9, 7, 9, 3], [2]]],
@@ -112,7 +112,7 @@ def test_covariance_by_difficulty_is_the_token_mean_over_the_groups_with_so_many
 
 
 def embedded(**o):
-    model, tokenizer, eos_ids = rollout.load_policy(rollout.TINY)
+    model, tokenizer, eos_ids = load_policy(TINY)
     policy = SimpleNamespace(model=model, sampler=model, tokenizer=tokenizer, eos_ids=eos_ids)
     return policy, SimpleNamespace(**{"seed": 0, "max_new_tokens": 12, "max_prompt_tokens": 80, "micro_batch": 999, "resume": False} | o)
 
@@ -136,7 +136,7 @@ def test_the_states_are_as_many_as_the_memory_for_their_logits_allows(monkeypatc
 
 
 def test_a_vocabulary_of_151936_stays_within_the_memory(qwen_checkpoint):
-    model, tokenizer, eos_ids = rollout.load_policy(str(qwen_checkpoint))
+    model, tokenizer, eos_ids = load_policy(str(qwen_checkpoint))
     policy = SimpleNamespace(model=model, sampler=model, tokenizer=tokenizer, eos_ids=eos_ids)
     probe = theorem.draw_probe(policy, [(f"What is {i} + 1?", "2") for i in range(20)], embedded()[1])
     before = theorem.probe_logits(model, probe)

@@ -29,9 +29,9 @@ import eval as evaluation
 import losses
 import plot
 import reward
-import rollout
 import train
 import warmstart
+from policy import TINY, load_policy
 
 METHODS = list(losses.METHODS)
 WITHOUT_SIGNAL = {"entropy_bonus", "kl_ref"}  # their loss has a gradient where no reward speaks
@@ -609,9 +609,9 @@ def check_run(run, method, steps):
     assert final["pass_at"]["1"] == pytest.approx(final["accuracy_sampled"]) and 0 <= final["accuracy"] <= 1
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     for folder in ("model", f"checkpoint/step-{steps}"):
-        model, tokenizer, eos_ids = rollout.load_policy(str(run / folder))
+        model, tokenizer, eos_ids = load_policy(str(run / folder))
         assert {p.dtype for p in model.parameters()} == {torch.float32} and eos_ids == {tokenizer.eos_token_id}
-    start = rollout.load_policy(rollout.TINY)
+    start = load_policy(TINY)
     assert any(not torch.equal(a, b) for a, b in zip(start[0].parameters(), model.parameters()))
     held_out = data.load_problems("arithmetic_heldout", limit=12)
     greedy = lambda policy: evaluation.evaluate(*policy, held_out, 1, 0.0, 40)["accuracy"]

@@ -4,7 +4,8 @@
     python tests/bench/phases.py --device cuda                      the embedded policy on a GPU, where nothing but launches is measured
 
 Operations are those of the matrix products alone: 2 for each weight and token forward, 4 backward; a prompt is sampled from once and scored with each
-of its completions; a row without signal has no backward. Bytes: when sampling, all weights at every token, and keys and values up to the position;
+of its completions. Completions that are the same count once, when sampling on a CPU also as long as they are the same; a row without signal has no backward.
+Bytes: when sampling, all weights at every token, and keys and values up to the position;
 else every weight once for each mini-batch and direction, and 4 x 10 numbers for each token, layer and unit of width, which is what
 the elementwise operations of a layer read and write at least (norms, rotary embedding, gate, residual). The bound is the larger of the two times.
 Seconds are those of the processor on a CPU. The parts of "update" are timed by themselves: the second scoring, and the rest. Beside them stand the share
@@ -28,7 +29,7 @@ from machine import machine, padding
 
 import entropy
 import train
-from parallel import micro_batches
+from parallel import distinct, micro_batches
 
 
 def best(work, clock, device, repeats=20):
@@ -57,43 +58,51 @@ def rates(model, clock, device):
     }
 
 
-def bounds(policy, kept, no_signal, o, rate):
-    """Seconds of each phase at best, for the rollouts of a step."""
+def bounds(policy, kept, o, rate):
+    """Seconds of each phase at best for the rollouts of a step, and what there is to compute: rows, and tokens to decode."""
     c = policy.model.config
     P = sum(p.numel() for p in policy.model.parameters() if p.ndim == 2)
-    prompts, lengths = [len(g["prompt"]) for g in kept], [[len(y) for y in g["completions"]] for g in kept]
-    rows = sum(map(len, lengths))
-    scored = sum(p + y for p, ys in zip(prompts, lengths) for y in ys)
-    decoded, longest = sum(map(sum, lengths)), max(map(max, lengths))
+    completions = [(i, tuple(y)) for i, g in enumerate(kept) for y in g["completions"]]  # a problem's number makes the prompt part of it
+    decoded = [(i, y[:t]) for i, y in completions for t in range(1, len(y))]  # a token for each, beyond the first one
+    rows, to_decode = set(completions), set(decoded) if o.device == "cpu" else decoded
+    tokens = lambda pieces: sum(len(kept[i]["prompt"]) + len(y) for i, y in pieces)
+    prompts, scored = sum(len(g["prompt"]) for g in kept), tokens(rows)
+    signal = tokens((i, y) for i, y in rows if min(kept[i]["rewards"]) < max(kept[i]["rewards"]))
     position = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 4
     elementwise = 4 * 10 * c.num_hidden_layers * c.hidden_size
-    signal = 1 - no_signal
     updates = len(kept) // o.mini_batch
-    operations = {"sample": 2 * P * (sum(prompts) + decoded), "score": 2 * P * scored, "update": 2 * P * scored * (1 + 3 * signal)}
+    operations = {"sample": 2 * P * (prompts + len(to_decode)), "score": 2 * P * scored, "update": 2 * P * (scored + 3 * signal)}
     moved = {
-        "sample": 4 * P * longest + position * sum(y * p + y * y / 2 for p, ys in zip(prompts, lengths) for y in ys) + elementwise * (sum(prompts) + decoded),
+        "sample": 4 * P * max(len(y) for _, y in rows) + position * tokens(to_decode) + elementwise * (prompts + len(to_decode)),
         "score": 4 * P * updates + elementwise * scored,
-        "update": updates * (4 * P * 4 + 28 * P) + elementwise * scored * (1 + 3 * signal),
+        "update": updates * (4 * P * 4 + 28 * P) + elementwise * (scored + 3 * signal),
     }
     by = {"operations": "operations a second, the policy's widest", "bytes": "bytes a second"}
-    return {phase: {"operations": operations[phase] / rate[by["operations"]], "bytes": moved[phase] / rate[by["bytes"]]} for phase in operations}, rows
+    work = {"rows": len(completions), "of them different": len(rows), "tokens drawn": len(decoded), "tokens decoded": len(to_decode)}
+    return {phase: {"operations": operations[phase] / rate[by["operations"]], "bytes": moved[phase] / rate[by["bytes"]]} for phase in operations}, work
+
+
+def first_mini_batch(kept, o):
+    """Prompts and completions of its rows, and those that the model sees of them, as groups of indices."""
+    prompts, completions = zip(*[(g["prompt"], c) for g in kept[: o.mini_batch] for c in g["completions"]])
+    first, _ = distinct({"prompts": prompts, "completions": completions})
+    return prompts, completions, micro_batches(prompts, completions, o.micro_batch, first.tolist())
 
 
 def padding_of(kept, o):
-    """Share of padding when the rollouts of a step are scored."""
-    prompts, completions = zip(*[(g["prompt"], c) for g in kept for c in g["completions"]])
+    """Share of padding when the rollouts of a step are scored, mini-batch by mini-batch."""
+    batches = [first_mini_batch(kept[i:], o) for i in range(0, len(kept), o.mini_batch)]
+    lengths = [len(p) + len(c) for prompts, completions, _ in batches for p, c in zip(prompts, completions)]
     size = o.mini_batch * o.samples
-    groups = [[i + j for j in some] for i in range(0, len(prompts), size)
-              for some in micro_batches(prompts[i : i + size], completions[i : i + size], o.micro_batch)]  # fmt: skip
-    return padding([len(p) + len(c) for p, c in zip(prompts, completions)], groups)
+    return padding(lengths, [[n * size + i for i in group] for n, (_, _, groups) in enumerate(batches) for group in groups])
 
 
 def shares(policy, kept, o):
     """Of the time that the operators of a scoring pass over the first mini-batch take, as the profiler sees it, the shares of kinds of them."""
-    rows = [(g["prompt"], c) for g in kept[: o.mini_batch] for c in g["completions"]]
+    prompts, completions, groups = first_mini_batch(kept, o)
     with torch.profiler.profile() as trace, torch.no_grad():
-        for _ in range(10):
-            entropy.score(policy.model, *zip(*rows))
+        for group in groups * 10:
+            entropy.score(policy.model, [prompts[i] for i in group], [completions[i] for i in group])
     spent = {e.key: e.self_cpu_time_total for e in trace.key_averages()}
     part = lambda *words: sum(t for key, t in spent.items() if any(word in key for word in words)) / sum(spent.values())
     products, attention = part("aten::mm", "addmm", "bmm"), part("scaled_dot_product")
@@ -133,10 +142,10 @@ def main():
             taken.append(metrics["seconds"] | {"update: second scoring": second, "update: the rest": metrics["seconds"]["update"] - second})
         rate = rates(policy.model, clock, a.device)
         spent = shares(policy, kept_of[-1][0], o)
-        bound, rows = bounds(policy, kept_of[-1][0], metrics["no_signal"], o, rate)
+        bound, work = bounds(policy, kept_of[-1][0], o, rate)
     last = taken[len(taken) // 2 :]
     figures = {
-        "machine": machine(), "rates": rate, "rows": rows, "no_signal": metrics["no_signal"], "padding": padding_of(kept_of[-1][0], o),
+        "machine": machine(), "rates": rate, "work of the last step": work, "no_signal": metrics["no_signal"], "padding": padding_of(kept_of[-1][0], o),
         "shares of a scoring pass": spent, "bound of the last step, seconds": bound,
         "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
     }  # fmt: skip

@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import arithmetic
 import rollout
+from policy import TINY, load_policy
 
 QWEN = {"0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2)}  # hidden, intermediate, layers, heads, key/value heads
 
@@ -65,7 +66,7 @@ def unequal(middle=24):
 
 
 def embedded():
-    model, tokenizer, eos_ids = rollout.load_policy(rollout.TINY)
+    model, tokenizer, eos_ids = load_policy(TINY)
     return model, [tokenizer(prompt)["input_ids"] for prompt, _ in arithmetic.problems("heldout", 64)], 8, 40, eos_ids
 
 
