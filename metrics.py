@@ -1,7 +1,7 @@
 """Metrics: what is logged of a step, a line of metrics.jsonl and a few of samples.jsonl.
 
 All figures are sums over counts, never means of means. Those of the policy (reward, entropy, completion_length, truncated,
-no_signal, tokens) are over all its rollouts, also over those that --filter-groups drops; those of the updates (covariance,
+no_signal, different, tokens) are over all its rollouts, also over those that --filter-groups drops; those of the updates (covariance,
 selected, clip_fraction, ratio_max, loss, grad_norm) over what was trained on. null stands where there was nothing.
 """
 
@@ -62,6 +62,7 @@ def summary(policy, batches, others, logs, o):
         "completion_length": tokens / len(completions),
         "truncated": sum(c[-1] not in policy.eos_ids for c in completions) / len(completions),
         "no_signal": no_signal.mean().item(),
+        "different": len({(tuple(p), tuple(c)) for b in every for p, c in zip(b["prompts"], b["completions"])}) / len(completions),
         "skipped": sum(not log["finite"] for log in logs),
         "tokens": tokens,
     }

@@ -36,7 +36,7 @@ from policy import TINY, load_policy
 METHODS = list(losses.METHODS)
 WITHOUT_SIGNAL = {"entropy_bonus", "kl_ref"}  # their loss has a gradient where no reward speaks
 KEYS = """step reward entropy entropy_seq covariance selected clip_fraction ratio_max loss grad_norm lr
-          completion_length truncated no_signal skipped tokens seconds""".split()
+          completion_length truncated no_signal different skipped tokens seconds""".split()
 EOS = 1  # of the embedded tokenizer
 
 # ---------------------------------------------------------------- a policy without skill, and its problems
@@ -307,6 +307,12 @@ def exact_entropies(policy, batches, temperature):
             logp = torch.log_softmax(policy.model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1].double() / temperature, -1)
             rows.append((-(logp.exp() * logp).sum(-1)).tolist())
     return rows
+
+
+def test_different_is_the_share_of_completions_that_are_no_copies_of_others_of_their_prompt(options, paid, monkeypatch):
+    for rows, share in (([[2, EOS]] * 16, 4 / 16), ([[2, EOS], [2, 2, EOS]] * 8, 8 / 16), ([[2 + i // 8, 2 + i % 8, EOS] for i in range(16)], 1.0)):
+        draws(monkeypatch, rows)
+        assert step(options())[1]["different"] == share
 
 
 def test_entropy_is_the_token_mean_and_entropy_seq_the_mean_of_the_means_of_sequences(options, paid, updates, monkeypatch):

@@ -118,7 +118,7 @@ def main():
     torch.set_num_threads(1)
     if a.device == "cpu":
         time.perf_counter = time.process_time  # the clock of train.py's own laps
-    clock, taken, kept_of, again = time.perf_counter, [], [], []
+    clock, taken, kept_of, again, different = time.perf_counter, [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         o = train.options(["--method", a.method, "--device", a.device, "--eval-limit", "1", "--out", f"{folder}/run"])
         policy, problems, _ = train.load(o)
@@ -138,6 +138,7 @@ def main():
         for number in range(1, a.steps + 1):
             again.clear()
             metrics, _ = train.step(policy, train.problems_of_step(problems, policy.rounds + 1, o), number, o)
+            different.append(round(metrics["different"], 3))
             second = sum(again)
             taken.append(metrics["seconds"] | {"update: second scoring": second, "update: the rest": metrics["seconds"]["update"] - second})
         rate = rates(policy.model, clock, a.device)
@@ -145,12 +146,12 @@ def main():
         bound, work = bounds(policy, kept_of[-1][0], o, rate)
     last = taken[len(taken) // 2 :]
     figures = {
-        "machine": machine(), "rates": rate, "work of the last step": work, "no_signal": metrics["no_signal"], "padding": padding_of(kept_of[-1][0], o),
+        "machine": machine(), "rates": rate, "work of the last step": work, "no_signal": metrics["no_signal"], "different, each step": different, "padding": padding_of(kept_of[-1][0], o),
         "shares of a scoring pass": spent, "bound of the last step, seconds": bound,
         "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
     }  # fmt: skip
     (ROOT / "results" / "phases.json").write_text(json.dumps(figures) + "\n")
-    print(json.dumps({key: value for key, value in figures.items() if key != "seconds of each step"}, indent=1))
+    print(json.dumps({key: value for key, value in figures.items() if "each step" not in key}, indent=1))
 
 
 if __name__ == "__main__":
