@@ -74,9 +74,9 @@ def grade_all(responses, answers):
     Raises ValueError if the two lists differ in length, RuntimeError if a grader process cannot be started
     (math-verify is not installed, say).
     """
-    extracted = {response: extract_answer(response) for response in set(responses)}
+    extracted = {response: extract_answer(response) for response in dict.fromkeys(responses)}
     pairs = [(gold, extracted[response]) for response, gold in zip(responses, answers, strict=True)]
-    verdicts = {pair: False if pair[1] is None else quick(*pair) for pair in set(pairs)}
+    verdicts = {pair: False if pair[1] is None else quick(*pair) for pair in dict.fromkeys(pairs)}
     undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
     if undecided:
         verdicts.update(zip(undecided, pool().map(undecided)))

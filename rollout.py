@@ -9,7 +9,8 @@
 4. A token is drawn by inverting the distribution function at a uniform random number: it is the first a with
    sum_{a' <= a} p(a') > u.  The uniform numbers belong to (prompt, sample, position), so a completion does not
    depend on what else is being sampled, in which order, on how many processes.
-5. Rows that have ended leave: on a CPU at once, on a GPU when a quarter of them is idle, so that there are few sizes to record.
+5. Rows that have ended leave: on a CPU at once, on a GPU, which looks at every eighth token, when a quarter of
+   them is idle, so that there are few sizes to record.
 
 Sampling is by temperature alone. Top-k or top-p would draw from another distribution than the one
 whose log-probs the loss uses. A row ends with any of the end-of-sequence ids that the checkpoint's
@@ -41,7 +42,7 @@ class RowCache(Cache):
         self.R, self.capacity, self.T, self.eos_ids = R, capacity, T, eos_ids
         new = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device=prompts.device)
         self.token, self.position = new(torch.long, R), new(torch.long, R)  # of each row: its last id, and where that will be written
-        self.who, self.ended = new(torch.long, R), new(torch.bool, R)  # the completions that go on
+        self.who, self.ended = new(torch.long, R), new(torch.bool, R)  # the completions that go on; `draw` leaves their tokens in self.token
         self.noise, self.out, self.t = new(torch.float32, R, T), new(torch.long, R, T), new(torch.long, 1)  # t: which token is drawn next
         self.eos = torch.tensor(sorted(eos_ids), device=prompts.device)
         self.at, self.length = None, 0  # (R,) position in all rows one after another; how much of the cache attention has to read
@@ -74,7 +75,7 @@ class RowCache(Cache):
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
                 buffer[moved, : self.length] = buffer[rows[moved], : self.length]
-        for buffer, kept in (self.token, rows), (self.position, rows), (self.who, completions), (self.ended, completions):
+        for buffer, kept in (self.position, rows), (self.token, completions), (self.who, completions), (self.ended, completions):
             buffer[: len(kept)] = buffer[kept]
 
     def compact(self, n):
@@ -91,11 +92,12 @@ class RowCache(Cache):
         Returns the number of rows, and the row of each completion that goes on.
         """
         alive = (~self.ended[: len(of)]).nonzero()[:, 0]
-        kinds, of = (of[alive] * 2**32 + self.token[alive]).unique(return_inverse=True)
-        n, parent, place = len(kinds), kinds >> 32, torch.empty_like(kinds)
-        stays = (parent < n) & (parent != parent.roll(1))  # one of each row remains where it is, if there is room
+        kinds, of = (of[alive] * 2**32 + self.token[alive]).unique(return_inverse=True)  # sorted by row, then by token
+        n, parent = len(kinds), kinds >> 32
+        # The first kind of each row stays in it, if that is among the first n; the others get what is free of these.
+        stays = (parent < n) & (parent.diff(prepend=parent.new_tensor([-1])) != 0)
         free = torch.ones(n, dtype=torch.bool).index_fill_(0, parent[stays], False)
-        place[stays], place[~stays] = parent[stays], free.nonzero()[:, 0]
+        place = parent.masked_scatter(~stays, free.nonzero()[:, 0])
         self.keep(parent[place.argsort()], alive)
         self.token[place] = kinds % 2**32
         return n, place[of]
@@ -155,7 +157,7 @@ def draw(s, logits, temperature, of=None):
 def decode(model, s, n, length, temperature, of=None):
     """One more token for the completions in the first n rows, reading `length` positions of the cache. It only writes into the buffers of s."""
     position = s.position[:n]
-    s.at, s.length = torch.arange(n, device=model.device) * s.capacity + position, length
+    s.at = torch.arange(n, device=model.device) * s.capacity + position
     ahead = torch.arange(length, device=model.device) > position[:, None]  # (n, length)
     mask = torch.zeros(n, length, dtype=model.dtype, device=model.device).masked_fill_(ahead, -torch.inf)
     hidden = model.base_model(
@@ -166,10 +168,12 @@ def decode(model, s, n, length, temperature, of=None):
     draw(s, model.get_output_embeddings()(hidden[:, 0]), temperature, of)
 
 
-def advance(model, s, *arguments):
+def advance(model, s, n, length, temperature, of=None):
     """decode; on a GPU as a CUDA graph, one launch in place of hundreds. The first time as it is, the second time it is recorded."""
+    s.length = length  # here, for a replay runs no Python
     if model.device.type != "cuda":
-        return decode(model, s, *arguments)
+        return decode(model, s, n, length, temperature, of)
+    arguments = n, length, temperature
     if arguments not in s.graphs:
         s.graphs[arguments] = None
         return decode(model, s, *arguments)
@@ -229,20 +233,21 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
     prefill = model.base_model(input_ids=ids, use_cache=True)
     last = prefill.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
     s = buffers(model, prefill.past_key_values, R, width + T, T, eos_ids)
-    s.begin(prefill.past_key_values, lengths, noise.reshape(R, T).to(device), n if apart(device) else 1)
+    own = apart(device)
+    s.begin(prefill.past_key_values, lengths, noise.reshape(R, T).to(device), n if own else 1)
     del prefill
     of = torch.arange(len(prompts), device=device).repeat_interleave(n)  # in which row each completion is
     draw(s, model.get_output_embeddings()(last), temperature, of)
 
-    rows, of = R, None if apart(device) else of
+    rows = R
     for t in range(1, T):
-        if of is not None:
+        if not own:
             rows, of = s.branch(of)
         elif t % 8 == 0:  # to look at what a GPU has drawn is to wait for it
             rows = s.compact(rows)
         if rows == 0:
             break
-        advance(model, s, rows, round_up(width + t, bucket(device)), temperature, of)
+        advance(model, s, rows, round_up(width + t, bucket(device)), temperature, None if own else of)
 
     out = s.out[:R, :T]
     ends = torch.isin(out, s.eos)

@@ -309,7 +309,7 @@ def exact_entropies(policy, batches, temperature):
     return rows
 
 
-def test_different_is_the_share_of_completions_that_are_no_copies_of_others_of_their_prompt(options, paid, monkeypatch):
+def test_different_counts_completions_that_are_the_same_to_the_same_prompt_once(options, paid, monkeypatch):
     for rows, share in (([[2, EOS]] * 16, 4 / 16), ([[2, EOS], [2, 2, EOS]] * 8, 8 / 16), ([[2 + i // 8, 2 + i % 8, EOS] for i in range(16)], 1.0)):
         draws(monkeypatch, rows)
         assert step(options())[1]["different"] == share

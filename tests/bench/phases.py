@@ -1,6 +1,6 @@
 """The phases of a default step of train.py against their bounds: operations over the measured matrix rate, bytes over the measured bandwidth.
 
-    python tests/bench/phases.py [--steps 10] [--method grpo]      CPU, one thread; writes results/phases.json
+    python tests/bench/phases.py [--steps 10] [--method grpo]      CPU, one thread; writes results/phases.json (phases_METHOD.json, ..._cuda.json)
     python tests/bench/phases.py --device cuda                      the embedded policy on a GPU, where nothing but launches is measured
 
 Operations are those of the matrix products alone: 2 for each weight and token forward, 4 backward; a prompt is sampled from once and scored with each
@@ -82,16 +82,16 @@ def bounds(policy, kept, o, rate):
     return {phase: {"operations": operations[phase] / rate[by["operations"]], "bytes": moved[phase] / rate[by["bytes"]]} for phase in operations}, work
 
 
-def first_mini_batch(kept, o):
+def mini_batch(groups, o):
     """Prompts and completions of its rows, and those that the model sees of them, as groups of indices."""
-    prompts, completions = zip(*[(g["prompt"], c) for g in kept[: o.mini_batch] for c in g["completions"]])
+    prompts, completions = zip(*[(g["prompt"], c) for g in groups for c in g["completions"]])
     first, _ = distinct({"prompts": prompts, "completions": completions})
     return prompts, completions, micro_batches(prompts, completions, o.micro_batch, first.tolist())
 
 
 def padding_of(kept, o):
     """Share of padding when the rollouts of a step are scored, mini-batch by mini-batch."""
-    batches = [first_mini_batch(kept[i:], o) for i in range(0, len(kept), o.mini_batch)]
+    batches = [mini_batch(kept[i : i + o.mini_batch], o) for i in range(0, len(kept), o.mini_batch)]
     lengths = [len(p) + len(c) for prompts, completions, _ in batches for p, c in zip(prompts, completions)]
     size = o.mini_batch * o.samples
     return padding(lengths, [[n * size + i for i in group] for n, (_, _, groups) in enumerate(batches) for group in groups])
@@ -99,7 +99,7 @@ def padding_of(kept, o):
 
 def shares(policy, kept, o):
     """Of the time that the operators of a scoring pass over the first mini-batch take, as the profiler sees it, the shares of kinds of them."""
-    prompts, completions, groups = first_mini_batch(kept, o)
+    prompts, completions, groups = mini_batch(kept[: o.mini_batch], o)
     with torch.profiler.profile() as trace, torch.no_grad():
         for group in groups * 10:
             entropy.score(policy.model, [prompts[i] for i in group], [completions[i] for i in group])
@@ -146,11 +146,13 @@ def main():
         bound, work = bounds(policy, kept_of[-1][0], o, rate)
     last = taken[len(taken) // 2 :]
     figures = {
-        "machine": machine(), "rates": rate, "work of the last step": work, "no_signal": metrics["no_signal"], "different, each step": different, "padding": padding_of(kept_of[-1][0], o),
+        "machine": machine(), "rates": rate, "work of the last step": work, "no_signal": metrics["no_signal"], "different, each step": different,
+        "padding": padding_of(kept_of[-1][0], o),
         "shares of a scoring pass": spent, "bound of the last step, seconds": bound,
         "seconds, median of the later half": {phase: median(t[phase] for t in last) for phase in taken[0]}, "seconds of each step": taken,
     }  # fmt: skip
-    (ROOT / "results" / "phases.json").write_text(json.dumps(figures) + "\n")
+    name = f"phases{f'_{a.method}' * (a.method != 'grpo')}{'_cuda' * (a.device == 'cuda')}.json"
+    (ROOT / "results" / name).write_text(json.dumps(figures) + "\n")
     print(json.dumps({key: value for key, value in figures.items() if "each step" not in key}, indent=1))
 
 
