@@ -44,8 +44,13 @@ ROUNDS = 10  # of sampling in a step at most, with --filter-groups: as published
 
 
 def sampling_copy(model, o):
-    """What rollouts are drawn from: on a GPU a copy in bf16, for reading the weights is what takes the time; else the model."""
-    return copy.deepcopy(model).bfloat16() if o.device == "cuda" else model
+    """What rollouts are drawn from: on a GPU a copy with weights in bf16, for reading them is what takes the time; else the model."""
+    if o.device != "cuda":
+        return model
+    sampler = copy.deepcopy(model)
+    for p in sampler.parameters():  # not sampler.bfloat16(): the frequencies of the rotary embedding are a buffer and stay in fp32
+        p.data = p.data.bfloat16()
+    return sampler
 
 
 def refresh(sampler, model):

@@ -519,6 +519,9 @@ def test_on_a_gpu_rollouts_come_from_a_bf16_copy_that_follows_the_policy(options
     assert policy.sampler is policy.model  # on the CPU there is but one
     sampler = train.sampling_copy(policy.model, o)
     assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16} and sampler is not policy.model
+    assert sampler.get_output_embeddings().weight is sampler.get_input_embeddings().weight  # tied weights are still one
+    buffers = dict(policy.model.named_buffers())
+    assert buffers and all(torch.equal(b, buffers[name]) for name, b in sampler.named_buffers())  # where a token stands is not rounded
     with torch.no_grad():
         for p in policy.model.parameters():
             p.add_(torch.randn_like(p))
