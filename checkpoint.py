@@ -7,7 +7,8 @@
 
 A checkpoint is written beside, as step-N.new, carried to the disk, and renamed; older ones are removed only then. So a
 run may be killed at any moment and the last whole checkpoint is there. `--resume` takes the latest whose sums are right,
-cuts the logs back to its step, and goes on: metrics.jsonl becomes what it would have been.
+cuts the logs back to its step, and goes on: metrics.jsonl becomes what it would have been, to the digit on a CPU (the
+backward pass of a GPU's attention adds up in an order that changes).
 
 All randomness follows from (seed, step, purpose), so there are no generator states to keep.
 Only rank 0 reads and writes the logs; with several nodes, --out is a folder that all of them see.
@@ -30,7 +31,7 @@ import transformers
 
 import losses
 import plot
-from parallel import world
+from parallel import collect_shards, world
 
 KEPT = 2  # checkpoints
 HELD = []  # the handle of the run directory's lock
@@ -127,8 +128,8 @@ def whole_or_none(folder):
 def save(policy, number, o):
     """checkpoint/step-NUMBER: all that the next step needs. Called by all processes. Raises OSError if it cannot be written."""
     for part in policy.kept.values():
-        if hasattr(part, "consolidate_state_dict"):  # sharded: rank 0 collects what the others keep
-            part.consolidate_state_dict(to=0)
+        if hasattr(part, "optim"):  # sharded: rank 0 collects what the others keep
+            collect_shards(part)
     if world()[0] > 0:
         return
     out, folder = Path(o.out), Path(o.out) / "checkpoint" / f"step-{number}"
@@ -266,6 +267,8 @@ def restore(policy, folder):
                 moments["step"] = moments["step"].to(p.device)  # the sharded optimizer leaves it on the CPU, fused AdamW wants it here
                 if moments["exp_avg"].shape != p.shape:
                     raise ValueError("moments of another shape")
+            if hasattr(part, "optim"):
+                part.state.clear()  # sharded: the same again, on the GPU as well
     except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         what = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(f"--resume: {folder}/state.pt is not the state of this run ({what}); begin anew with --overwrite") from error

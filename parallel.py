@@ -129,6 +129,17 @@ def adamw(model, o):
     return torch.optim.AdamW(model.parameters(), **settings)
 
 
+def collect_shards(optimizer):
+    """What each process keeps of a sharded optimizer's state, on rank 0, whose state_dict is whole then.
+
+    Its own consolidate_state_dict does the same by way of a list of bytes, 76 ns for each of them: an hour for 7 billion parameters.
+    """
+    own, rank, n = optimizer.optim.state_dict(), *world()
+    own["state"] = {i: {name: x.cpu() for name, x in moments.items()} for i, moments in own["state"].items()}
+    optimizer._all_state_dicts = [None] * n if rank == 0 else []
+    dist.gather_object(own, optimizer._all_state_dicts or None)
+
+
 def distinct(batch):
     """Rows that differ: the first of each kind, as indices (D,), and for every row the place of its kind among them, (B,).
 

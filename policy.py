@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 TINY = str(Path(__file__).parent / "tiny")
 disable_progress_bar()  # one bar is enough: the one that shows the training
+torch.backends.cuda.enable_cudnn_sdp(False)  # the default on some GPUs; it makes a plan for every shape, and no two micro-batches have the same
 
 
 class PolicyError(ValueError):
@@ -23,7 +24,7 @@ def load_policy(name, device="cpu", dtype=torch.float32):
 
     Only safetensors are read, and no code that comes with a checkpoint is run.
     Raises PolicyError if there is no such checkpoint, if its weights are not those of its architecture, if it has no chat template,
-    no end-of-sequence id, fewer embeddings than its tokenizer has tokens, or a sliding window.
+    no end-of-sequence id, fewer embeddings than its tokenizer has tokens, a sliding window, or a rotary embedding that follows the batch.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -47,6 +48,8 @@ def load_policy(name, device="cpu", dtype=torch.float32):
     layers = getattr(model.config, "layer_types", None)  # None: one kind of layer, windowed if sliding_window is set
     if "sliding_attention" in layers if layers else getattr(model.config, "sliding_window", None):
         raise PolicyError(f"--model {name}: it attends through a sliding window, which the sampler's cache does not do; take another model")
+    if (rope := (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")) in ("dynamic", "longrope"):
+        raise PolicyError(f"--model {name}: its rotary embedding ({rope}) follows the longest row of a batch, so completions would depend on each other; take another model")
     return model.to(device).eval(), tokenizer, set(eos if isinstance(eos, list) else [eos])
 
 

@@ -106,7 +106,7 @@ def run(row, seed):
     if not (out / "final.json").exists():
         model = ["--model", place(base)] if base in BASES else []
         resume = ["--resume"] if (out / "checkpoint").is_dir() else ["--overwrite"]
-        process(HERE / "train.py", *ROWS[row].split(), *model, "--seed", seed, "--out", out, *resume)
+        process(HERE / "train.py", *ROWS[row].split(), *model, "--device", "cpu", "--seed", seed, "--out", out, *resume)
 
 
 def collapse(entropy):

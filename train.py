@@ -112,9 +112,7 @@ def draw_rollouts(policy, prompts, number, o):
         return [group for some, u in parts
                 for group in rollout.sample(policy.sampler, some, o.samples, o.max_new_tokens, o.temperature, policy.eos_ids, noise=u)]  # fmt: skip
 
-    groups = share(mine, prompts, list(noise))
-    rollout.release(policy.sampler)
-    return [completion for group in groups for completion in group]
+    return [completion for group in share(mine, prompts, list(noise)) for completion in group]
 
 
 def collect(policy, problems, number, o, lap):
@@ -166,6 +164,7 @@ def step(policy, problems, number, o):
     """One step from (prompt ids, answer) to an updated policy. Returns a line of metrics.jsonl and a few of samples.jsonl."""
     seconds, lap = stopwatch("sample", "reward", "score", "update")
     kept, dropped = collect(policy, problems, number, o, lap)
+    rollout.release(policy.sampler)
     policy.rounds += (len(kept) + len(dropped)) // o.prompts
 
     rewards = torch.tensor([g["rewards"] for g in kept]).view(-1, o.samples)  # (P, G)
@@ -320,12 +319,13 @@ def main():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if o.device == "cuda" else "gloo")
     try:
-        if status := ending(train, o):
-            sys.exit(status)
+        status = ending(train, o)
     finally:
         release()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized() and status not in (1, 130):  # after an error of one process the others may wait elsewhere; torchrun ends them
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

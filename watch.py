@@ -134,7 +134,7 @@ def ending(run, o):
     except Broken as error:
         status, line = 1, str(error)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "DefaultCPUAllocator" not in str(error):
             raise
         sys.exit(print(f"train.py: error: {sizes(o)}; {saved()}", file=sys.stderr) or 1)  # of this process alone
     except KeyboardInterrupt:

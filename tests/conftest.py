@@ -1,4 +1,4 @@
-"""What the tests share: one thread, no network, seeds, narrow models with random weights, and the chi-square test."""
+"""What the tests share: one thread, no network, no GPU, seeds, narrow models with random weights, and the chi-square test."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

@@ -330,10 +330,21 @@ def work(folder):
             assert train.train(o) == 0
             checkpoint.release()
         o = train.options([*argv_of("sharded"), "--resume", "--steps", "3"])
+        result["restored"] = restored(o)
         o.shard_optimizer = parallel.world()[1] == 1  # the checkpoint of a sharded optimizer is that of a whole one, and the reverse
         assert train.train(o) == 0
         checkpoint.release()
     return result
+
+
+def restored(o):
+    """The state of an optimizer that was restored from the last checkpoint and saved once more, on rank 0, and what lies twice in memory."""
+    policy = train.load(o)[0]
+    checkpoint.restore(policy, checkpoint.checkpoints(o.out)[0])
+    if (n := parallel.world()[1]) > 1:
+        parallel.collect_shards(policy.optimizer)
+    twice = len(policy.optimizer.state) if n > 1 else 0
+    return policy.optimizer.state_dict()["state"] if parallel.world()[0] == 0 else None, twice
 
 
 def errors():
@@ -433,6 +444,16 @@ def test_a_run_of_several_processes_has_the_metrics_and_the_policy_of_a_run_of_o
     assert [json.loads((folder / "config.json").read_text())["processes"] for folder in (one, several)] == [1, len(work_of_several[1])]
     assert (one / "samples.jsonl").read_text().count("\n") == (several / "samples.jsonl").read_text().count("\n")
     assert (one / "final.json").read_text() == (several / "final.json").read_text()
+
+
+def test_the_state_of_a_sharded_optimizer_is_restored_and_saved_whole_and_kept_but_once(work_of_one, work_of_several):
+    (want, _), (mine, _) = work_of_one[1]["restored"], work_of_several[1][0]["restored"]
+    assert [result["restored"][1] for result in work_of_several[1]] == [0] * len(work_of_several[1])
+    saved = torch.load(work_of_several[0] / "sharded" / "checkpoint" / "step-2" / "state.pt", weights_only=True)["optimizer"]["state"]
+    assert list(mine) == list(saved) == list(want)
+    for i, moments in mine.items():
+        assert all(torch.equal(x, saved[i][name]) for name, x in moments.items()) and moments["exp_avg"].shape == want[i]["exp_avg"].shape
+        assert moments["exp_avg_sq"].any()
 
 
 def test_the_first_steps_of_a_sharded_optimizer_are_those_of_a_whole_one(work_of_several):

@@ -69,6 +69,18 @@ def test_a_policy_that_cannot_stop_or_chat_or_is_not_there_is_refused_in_one_lin
     assert "eos_token_id" in refused(endless)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_follows_the_longest_row_of_a_batch_is_refused(qwen_checkpoint, tmp_path, kind):
+    more = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 32} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0} | more
+    folder = variant(qwen_checkpoint, tmp_path / kind, config=lambda c: c.update(rope_parameters=rope))
+    assert kind in refused(folder)
+
+
+def test_on_a_gpu_attention_is_not_left_to_what_plans_anew_for_every_shape():
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_a_folder_whose_files_are_broken_is_refused_in_one_line(qwen_checkpoint, tmp_path):
     folder = variant(qwen_checkpoint, tmp_path / "cut")
     weights = folder / "model.safetensors"

@@ -717,9 +717,12 @@ def test_without_a_method_the_line_says_so(main):
     refused(main("--steps", 1), "--method")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(main):
+def test_a_gpu_that_is_not_there_is_refused(main, monkeypatch):
     refused(main("--method", "grpo", "--device", "cuda"), "--device", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # of torchrun
+    refused(main("--method", "grpo", "--device", "cuda"), "--device", "--nproc_per_node=2")
 
 
 def test_a_run_is_never_written_over_unless_asked_and_other_files_never(quick, main, tmp_path):

@@ -162,7 +162,7 @@ def test_a_wish_to_stop_that_comes_by_several_ways_is_one_and_one_that_is_repeat
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_running_out_of_memory_names_the_options_that_lower_it_and_the_sizes_in_use(capsys, tmp_path, error):
     def run(o):
         raise error
