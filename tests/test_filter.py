@@ -65,11 +65,14 @@ def updates(monkeypatch):
     return kept
 
 
-def test_rounds_follow_until_the_batch_is_full_and_only_groups_with_signal_are_trained_on(run, loaded, policy, graded, updates):
+def test_rounds_follow_until_the_batch_is_full_and_only_groups_with_signal_are_trained_on(run, loaded, policy, graded, updates, monkeypatch):
+    released = []
+    monkeypatch.setattr(train.rollout, "release", released.append)
     asked = graded([0, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0])  # 1, 2 and 5 with signal after each round
     o = run("--method grpo --filter-groups")
     metrics, samples = step(policy, loaded[1], 1, o)
     assert metrics["rounds"] == 3 and metrics["filtered"] == 7 and metrics["no_signal"] == pytest.approx(7 / 12)
+    assert released == [policy.sampler]  # once, after the last round: a GPU records its graphs anew after it
     assert len(asked) == 12 == len({tuple(ids) for ids, _ in train.problems_of_step(loaded[1], 1, o)[:12]})
     assert [len(batch["rewards"]) for batch in updates] == [8, 8]
     assert torch.cat([batch["rewards"] for batch in updates]).tolist() == [1, 0, 0, 0] * 4

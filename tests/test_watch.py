@@ -1,6 +1,7 @@
 """What watch.py promises: ten updates in a row that are not finite end a run, what leaves the policy untouched is said, entropy raises alerts."""
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -216,3 +217,21 @@ def test_a_state_with_a_pickle_in_it_is_not_run(tmp_path):
     with pytest.raises(Exception, match="weights_only|Weights only"):
         checkpoint.restore(SimpleNamespace(kept={}), tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("end, destroyed", [(0, 1), (torch.OutOfMemoryError("CUDA out of memory"), 0), (RuntimeError("a bug"), 0), (OSError(28, "full"), 0)])
+def test_after_an_error_a_process_goes_without_waiting_for_the_others(monkeypatch, tmp_path, end, destroyed):
+    """With NCCL, to destroy the process group is to wait for all; they may be waiting for this one elsewhere."""
+    calls = []
+
+    def run(o):
+        if end:
+            raise end
+        return 0
+
+    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr(train, "dist", SimpleNamespace(is_initialized=lambda: True, destroy_process_group=lambda: calls.append(1)))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "grpo", "--out", str(tmp_path / "run")])
+    with contextlib.suppress(RuntimeError, SystemExit):
+        train.main()
+    assert len(calls) == destroyed

@@ -1,7 +1,7 @@
 """The phases of a default step of train.py against their bounds: operations over the measured matrix rate, bytes over the measured bandwidth.
 
     python tests/bench/phases.py [--steps 10] [--method grpo]      CPU, one thread; writes results/phases.json (phases_METHOD.json, ..._cuda.json)
-    python tests/bench/phases.py --device cuda                      the embedded policy on a GPU, where nothing but launches is measured
+    python tests/bench/phases.py --device cuda                      the embedded policy on a GPU: launches more than anything, the bounds still those of fp32
 
 Operations are those of the matrix products alone: 2 for each weight and token forward, 4 backward; a prompt is sampled from once and scored with each
 of its completions. Completions that are the same count once, when sampling on a CPU also as long as they are the same; a row without signal has no backward.
