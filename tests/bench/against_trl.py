@@ -1,4 +1,4 @@
-"""Rollout batches a second of train.py and of TRL's GRPOTrainer on identical work, side by side in one run.
+"""Rollout batches a second of train.py and of TRL's GRPOTrainer at the same training, side by side in one run.
 
     python tests/bench/against_trl.py [--env DIR] [--batches 10] [--whole]      writes results/against_trl.json
 
