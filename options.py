@@ -179,8 +179,8 @@ def options(argv=None):
             "has no gradient before the policy has moved; take a smaller --mini-batch or more --passes")  # fmt: skip
     if o.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no GPU that PyTorch can use; take cpu")
-    if o.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        parser.error(f"argument --device: a process for each GPU, and there are {torch.cuda.device_count()} here; take torchrun --nproc_per_node={torch.cuda.device_count()}")
+    if o.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > (gpus := torch.cuda.device_count()):
+        parser.error(f"argument --device: takes a GPU for each process, and there are {gpus} here; take torchrun --nproc_per_node={gpus}")
     if o.cov_low >= o.cov_high:
         parser.error(f"argument --cov-low: takes a number below --cov-high {o.cov_high:g}, got {o.cov_low:g}")
     if o.resume and o.overwrite:

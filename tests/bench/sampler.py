@@ -84,11 +84,12 @@ def qwen(size, rows, device, T):
 
 def compare(case, repeats):
     """Seconds of both in turn, and what they made. Each is called before, to warm up."""
-    clock = time.process_time if case[0].device.type == "cpu" else time.perf_counter
+    cpu = case[0].device.type == "cpu"
+    clock = time.process_time if cpu else time.perf_counter
     taken, made = {"ours": [], "generate": []}, {}
-    for repeat in range(-1 if case[0].device.type == "cpu" else -2, repeats):  # on a GPU the second call records graphs
+    for repeat in range(-1 if cpu else -2, repeats):  # on a GPU the second call records graphs
         for name, sampler in (("ours", ours), ("generate", generate)):
-            if repeat < 0 and case[3] > 40 and case[0].device.type == "cpu":  # long: a short call will do
+            if repeat < 0 and case[3] > 40 and cpu:  # long: a short call will do
                 sampler(*case[:3], 40, *case[4:], 0)
                 continue
             began = clock()

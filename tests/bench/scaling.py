@@ -28,7 +28,8 @@ import parallel
 import rollout
 
 BASE = {"rows": 64, "length": 32, "vocabulary": 256, "model": 64}
-POINTS = {"rows": (64, 128, 256, 512, 1024), "length": (32, 64, 128, 256, 512), "vocabulary": (256, 512, 1024, 2048, 4096), "model": (64, 96, 128, 192, 256)}  # heads of 16 to 64, which a GPU takes as they are
+POINTS = {"rows": (64, 128, 256, 512, 1024), "length": (32, 64, 128, 256, 512), "vocabulary": (256, 512, 1024, 2048, 4096),
+          "model": (64, 96, 128, 192, 256)}  # four heads of 16 to 64, which a GPU takes as they are # fmt: skip
 
 
 def measure(rows, length, vocabulary, model, device, repeats):
