@@ -32,6 +32,7 @@ import transformers
 import losses
 import plot
 from parallel import collect_shards, world
+from data import UserError
 
 KEPT = 2  # checkpoints
 HELD = []  # the handle of the run directory's lock
@@ -39,10 +40,6 @@ FREE = {  # options in which a run that goes on may differ: they change no line 
     "resume", "overwrite", "out", "steps", "save_every", "max_hours", "stop_when_entropy", "micro_batch", "sample_batch", "shard_optimizer", "final_samples",
     "gradient_checkpointing", "profile",
 }  # fmt: skip
-
-
-class RunError(ValueError):
-    """A run directory that cannot be gone on with; the message is one line for the user."""
 
 
 def describe(o, problems, held_out):
@@ -69,7 +66,7 @@ def sync(path):
 
 
 def take(out):
-    """Keeps other processes out of a run directory until `release`, or the end of this process. Raises RunError if one is at work there
+    """Keeps other processes out of a run directory until `release`, or the end of this process. Raises UserError if one is at work there
     (torchrun's processes, for one, outlive a torchrun that was killed)."""
     if HELD:
         return
@@ -78,7 +75,7 @@ def take(out):
         fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         release()
-        raise RunError(f"--out: another process is at work in {out}") from None
+        raise UserError(f"--out: another process is at work in {out}") from None
     except OSError:
         pass  # a file system without locks
 
@@ -95,7 +92,7 @@ def begin(config):
     out.mkdir(parents=True, exist_ok=True)
     take(out)
     if (out / "metrics.jsonl").stat().st_size and not (config["resume"] or config["overwrite"]):
-        raise RunError(f"--out: another process has begun a run in {out} meanwhile")
+        raise UserError(f"--out: another process has begun a run in {out} meanwhile")
     (out / "metrics.jsonl").write_text("")
     (out / "config.json").unlink(missing_ok=True)
     for path in out.iterdir():
@@ -188,7 +185,7 @@ def damage(folder):
 def find(o):
     """(checkpoint to go on from, metrics up to it); (None, []) for a new run and for one that was stopped before its first.
 
-    Raises RunError if no checkpoint is whole, a log lacks steps, or options would change the run. Writes nothing.
+    Raises UserError if no checkpoint is whole, a log lacks steps, or options would change the run. Writes nothing.
     """
     out = Path(o.out)
     if (out / "metrics.jsonl").exists():
@@ -205,26 +202,26 @@ def find(o):
         done = int(folder.name.removeprefix("step-"))
         lines, _ = read_log(out / "metrics.jsonl", done)
         if [line["step"] for line in lines if "entropy" in line] != list(range(1, done + 1)):
-            raise RunError(f"--resume: {out}/metrics.jsonl does not hold the figures of steps 1 to {done} of {folder}; begin anew with --overwrite")
+            raise UserError(f"--resume: {out}/metrics.jsonl does not hold the figures of steps 1 to {done} of {folder}; begin anew with --overwrite")
         return folder, lines
     if damaged:
-        raise RunError(f"--resume: no checkpoint in {out}/checkpoint is whole; begin anew with --overwrite")
+        raise UserError(f"--resume: no checkpoint in {out}/checkpoint is whole; begin anew with --overwrite")
     return None, []
 
 
 def refuse_changes(out, o):
-    """Raises RunError where an option would make another run of the one that --out holds."""
+    """Raises UserError where an option would make another run of the one that --out holds."""
     try:
         old = json.loads((out / "config.json").read_text())
         steps, _ = int(old["steps"]), dict(old["content"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise RunError(f"--resume: {out}/config.json cannot be read; begin anew with --overwrite") from None
+        raise UserError(f"--resume: {out}/config.json cannot be read; begin anew with --overwrite") from None
     option = lambda name: "--" + name.replace("_", "-")
     changed = [f"{option(name)} {old[name]}, not {value}" for name, value in vars(o).items() if name not in FREE and old.get(name, value) != value]
     if changed:
-        raise RunError(f"--resume: the run in {out} has {'; '.join(changed)}: give what it has, or begin another run")
+        raise UserError(f"--resume: the run in {out} has {'; '.join(changed)}: give what it has, or begin another run")
     if o.steps < steps:
-        raise RunError(f"--resume: the run in {out} has --steps {steps}, which may grow, not shrink to {o.steps}")
+        raise UserError(f"--resume: the run in {out} has --steps {steps}, which may grow, not shrink to {o.steps}")
 
 
 def read_log(path, last):
@@ -248,7 +245,7 @@ def go_on(config, done):
     old = json.loads((out / "config.json").read_text())
     for name, digest in config["content"].items():
         if old["content"].get(name) != digest:
-            raise RunError(f"--resume: the problems of --{name.replace('_', '-')} are not those that the run in {out} began with")
+            raise UserError(f"--resume: the problems of --{name.replace('_', '-')} are not those that the run in {out} began with")
     for log in ("metrics.jsonl", "samples.jsonl"):
         if (out / log).exists():
             os.truncate(out / log, read_log(out / log, done)[1])
@@ -257,7 +254,7 @@ def go_on(config, done):
 
 
 def restore(policy, folder):
-    """State of a checkpoint's optimizer, and of all else in policy.kept. Raises RunError if it is not that of this policy."""
+    """State of a checkpoint's optimizer, and of all else in policy.kept. Raises UserError if it is not that of this policy."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         policy.rounds, policy.bad_updates = state["rounds"], state["bad_updates"]
@@ -271,7 +268,7 @@ def restore(policy, folder):
                 part.state.clear()  # sharded: the same again, on the GPU as well
     except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         what = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"--resume: {folder}/state.pt is not the state of this run ({what}); begin anew with --overwrite") from error
+        raise UserError(f"--resume: {folder}/state.pt is not the state of this run ({what}); begin anew with --overwrite") from error
 
 
 # ---------------------------------------------------------------- the end

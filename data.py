@@ -57,8 +57,8 @@ DAPO_BEFORE = re.compile(r"^Solve the following math problem step by step\. [^\n
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
-class DataError(ValueError):
-    """Something a user can mend; its text is the one line to show."""
+class UserError(ValueError):
+    """Something that a user can mend: a file, an option, a checkpoint. Its text is the one line to show."""
 
 
 class RowError(ValueError):
@@ -87,7 +87,7 @@ def load_problems(name_or_path, split=None, config=None, prompt_field=None, answ
             problem, answer = problem_text(flat, chosen[0]), gold_answer(flat.get(chosen[1]), chosen[1])
         except RowError as error:
             if isinstance(source, pathlib.Path):  # the user's own file: to be mended
-                raise DataError(f"{source}:{number}: {error}") from None
+                raise UserError(f"{source}:{number}: {error}") from None
             bad.append(f"row {number}: {error}")  # the hub's: nobody here can mend it
             continue
         if chosen[0] != "prompt" or problem not in seen:
@@ -96,7 +96,7 @@ def load_problems(name_or_path, split=None, config=None, prompt_field=None, answ
     if bad:
         print(f"{source}: {len(bad)} rows left out, the first: {bad[0]}", file=sys.stderr)
     if not problems:
-        raise DataError(f"{source}: holds no problems")
+        raise UserError(f"{source}: holds no problems")
     return problems
 
 
@@ -118,7 +118,7 @@ def choose_fields(flat, prompt_field, answer_field, source):
         chosen.append(asked if asked in flat else next((columns[k] for k in known if k in columns and not asked), None))
         if chosen[-1] is None:
             wanted = repr(asked) if asked else f"named {' or '.join(known)}"
-            raise DataError(f"{source}: no column {wanted} among {', '.join(flat)}; choose with {option}")
+            raise UserError(f"{source}: no column {wanted} among {', '.join(flat)}; choose with {option}")
     return chosen
 
 
@@ -188,24 +188,24 @@ def open_source(name, split, config, benchmark):
         return file_rows(path), path, (None, None)
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:]*))?(?::([^:]*))?", name)
     if not match:
-        raise DataError(f"{name}: no file, no hub id (owner/name) and no known set; known are {', '.join([*EMBEDDED, *KNOWN])}")
+        raise UserError(f"{name}: no file, no hub id (owner/name) and no known set; known are {', '.join([*EMBEDDED, *KNOWN])}")
     hub_id, inline_config, inline_split = match.groups()
     rows = hub_rows(hub_id, config or inline_config or None, split or inline_split or ("test" if benchmark else "train"))
     return rows, name, (None, None)
 
 
 def file_rows(path):
-    """Rows of a local file with their line (JSON and Parquet: row) numbers; what cannot be read is a DataError."""
+    """Rows of a local file with their line (JSON and Parquet: row) numbers; what cannot be read is a UserError."""
     if path.is_dir():
-        raise DataError(f"{path}: a folder; name a {', '.join(READERS)} file in it")
+        raise UserError(f"{path}: a folder; name a {', '.join(READERS)} file in it")
     if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: the name of a data file must end in {', '.join(READERS)}")
+        raise UserError(f"{path}: the name of a data file must end in {', '.join(READERS)}")
     try:
         yield from READERS[path.suffix.lower()](path)
-    except DataError:
+    except UserError:
         raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
 def read_jsonl(path):
@@ -216,7 +216,7 @@ def read_jsonl(path):
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 row = json.loads(line) if line else None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON in UTF-8: {one_line(error)}") from None
+                raise UserError(f"{path}:{number}: not JSON in UTF-8: {one_line(error)}") from None
             if line:
                 yield number, row
 
@@ -262,9 +262,9 @@ def hub_rows(hub_id, config, split):
         table = datasets.load_dataset(hub_id, config, split=split).with_format("arrow")
     except Exception as error:  # whatever `datasets` raises, it is about this name, config, split or the network
         if reachable:
-            raise DataError(f"{hub_id} (config {config}, split {split}): {one_line(error)}") from None
+            raise UserError(f"{hub_id} (config {config}, split {split}): {one_line(error)}") from None
         how = f"run `hf download {hub_id} --repo-type dataset --local-dir FOLDER` where there is one, and give a {', '.join(READERS)} file of it"
-        raise DataError(f"{hub_id}: not cached here, and no network to the hub: {how} instead of the name") from None
+        raise UserError(f"{hub_id}: not cached here, and no network to the hub: {how} instead of the name") from None
     yield from numbered(table.iter(1000))
 
 
@@ -303,10 +303,10 @@ def encode_prompts(tokenizer, prompts, max_tokens, refuse=True):
     try:
         encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) if chats else []
     except Exception as error:  # a template is a program of the checkpoint's, run in a sandbox; it may fail in any way
-        raise DataError(f"{tokenizer.name_or_path}: no chat template that puts a prompt to this model: {one_line(error)}") from None
+        raise UserError(f"{tokenizer.name_or_path}: no chat template that puts a prompt to this model: {one_line(error)}") from None
     if refuse and prompts and all(len(ids) > max_tokens for ids in encoded):
         first = f"{min(map(len, encoded))}; the first prompt begins {prompts[0]:.40}".splitlines()[0]
-        raise DataError(f"all {len(prompts)} prompts are longer than {max_tokens} tokens: the shortest has {first}")
+        raise UserError(f"all {len(prompts)} prompts are longer than {max_tokens} tokens: the shortest has {first}")
     return [ids if len(ids) <= max_tokens else None for ids in encoded]
 
 
@@ -346,5 +346,5 @@ def main(names):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except DataError as error:
+    except UserError as error:
         sys.exit(print(error, file=sys.stderr) or 2)

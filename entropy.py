@@ -12,12 +12,10 @@ H obey, by arXiv 2505.22617 section 2, the law
 
 so that the accuracy is bought with entropy, and what can be bought at most, at H = 0, is -a + b.
 
-    python entropy.py                entropy of a few distributions; the law, fitted to points that obey it
-    python entropy.py RUN ...        the law, fitted to runs (law.py; --help says more)
+    python entropy.py       entropy of a few distributions; the law, fitted to points that obey it
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -165,10 +163,6 @@ def fit_law(entropy, performance):
 
 
 def main():
-    if len(sys.argv) > 1:
-        import law  # which imports this file
-
-        return law.main()
     print("distribution                     H (nats)   exp(H): as undecided as between so many equal choices")
     for name, p in [
         ("a certain token", [1.0, 0.0, 0.0, 0.0]),

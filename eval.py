@@ -36,7 +36,8 @@ from tqdm import tqdm
 import data
 import reward
 import rollout
-from policy import PolicyError, context, load_policy
+from rollout import context, load_policy
+from data import UserError
 
 # 1. What is measured.
 
@@ -151,12 +152,12 @@ def read_log(path, evaluations):
             key = there["model"], there["benchmark"]
             line["start"], line["records"], line["timeouts"]
         except (ValueError, KeyError, TypeError):
-            raise data.DataError(f"--out: {path}:{number} is not a line of an evaluation; choose another name") from None
+            raise UserError(f"--out: {path}:{number} is not a line of an evaluation; choose another name") from None
         here = evaluations.get(key)
         differ = [f"{k} {there.get(k)} there, {v} here" for k, v in (here or {}).items() if there.get(k) != v]
         if differ:
             what = f"{key[0]} on {key[1]} with other settings ({'; '.join(differ)})"
-            raise data.DataError(f"--out: {path} holds {what}; choose another name, or remove it")
+            raise UserError(f"--out: {path} holds {what}; choose another name, or remove it")
         if here:
             done[key][line["start"]] = line
     return done
@@ -271,7 +272,7 @@ def protocol(benchmark, samples, temperature):
         temperature = 0.6 if contest or (samples or 1) > 1 else 0.0
     samples = samples or (32 if contest and temperature else 1)
     if samples > 1 and not temperature:
-        raise data.DataError(f"--samples {samples} at --temperature 0 are {samples} times the same; take 1 sample, or a temperature above 0")
+        raise UserError(f"--samples {samples} at --temperature 0 are {samples} times the same; take 1 sample, or a temperature above 0")
     return samples, temperature
 
 
@@ -286,11 +287,11 @@ def plan(o, problems):
                 data.hub_reachable()
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         except Exception as error:  # a damaged file makes the library raise anything
-            raise data.DataError(f"--model {model}: no checkpoint folder or hub id that loads: {data.one_line(error)}") from None
+            raise UserError(f"--model {model}: no checkpoint folder or hub id that loads: {data.one_line(error)}") from None
         window = context(config)
         max_new_tokens = o.max_new_tokens or min(8192, 3 * window // 4)
         if max_new_tokens >= window:
-            raise data.DataError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the {window} positions of {model}")
+            raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the {window} positions of {model}")
         for benchmark in o.benchmarks:
             samples, temperature = protocol(benchmark, o.samples, o.temperature)
             evaluations[model, benchmark] = {
@@ -334,7 +335,7 @@ def main(argv=None):
                     if policy is None and sum(len(line["records"]) for line in done[key].values()) < len(problems[benchmark]):
                         policy = load_policy(model, o.device, torch.bfloat16 if o.device == "cuda" else torch.float32)
                     results.append(run(evaluations[key], policy, problems[benchmark], done[key], log))
-    except (data.DataError, PolicyError, OSError) as error:
+    except (UserError, OSError) as error:
         if (log := o.out.with_suffix(".jsonl")).is_file() and not log.stat().st_size:  # nothing is finished
             log.unlink()
         fail(error)

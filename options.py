@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import losses
-from policy import TINY
+from rollout import TINY
 
 # ---------------------------------------------------------------- kinds of values
 

@@ -2,7 +2,6 @@
 
     python plot.py runs/kl_cov-s0          one run: its curves, into its own directory
     python plot.py runs/*                  several: methods side by side, into figures/ (or --out DIR)
-    python plot.py RUN --html              a page for the browser, page.html in each run: page.py
 
 curves.png has three panels over the same steps:
 
@@ -30,7 +29,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # without pyplot there is no window, and no display is needed
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-import page
+from data import UserError
 
 COLOURS = {  # Okabe and Ito's palette, its yellow darkened for a white wall
     "grpo": "#000000", "clip_cov": "#0072B2", "kl_cov": "#D55E00", "clip_higher": "#E69F00", "entropy_bonus": "#56B4E9",
@@ -50,14 +49,10 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#DDDDDD", "legend.frameon": False}  # fmt: skip
 
 
-class RunError(ValueError):
-    """A directory that cannot be drawn; the message is one line for the user."""
-
-
 def read_run(run_dir):
     """(config, steps) of a run: its options, and one dict per line of metrics.jsonl, in order.
 
-    A last line without its newline was torn by a kill, and is left out. Raises RunError if this is no run.
+    A last line without its newline was torn by a kill, and is left out. Raises UserError if this is no run.
     """
     try:
         config = json.loads((Path(run_dir) / "config.json").read_text())
@@ -65,11 +60,11 @@ def read_run(run_dir):
         steps = [json.loads(line) for line in lines]
         config["method"], [line["step"] for line in steps]
     except OSError as error:
-        raise RunError(f"{run_dir} is no run directory: {Path(error.filename).name}: {error.strerror}")
+        raise UserError(f"{run_dir} is no run directory: {Path(error.filename).name}: {error.strerror}")
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run_dir} is damaged: {type(error).__name__}: {error}")
+        raise UserError(f"{run_dir} is damaged: {type(error).__name__}: {error}")
     if not steps:
-        raise RunError(f"{run_dir} has no step yet: metrics.jsonl holds no whole line")
+        raise UserError(f"{run_dir} has no step yet: metrics.jsonl holds no whole line")
     return config, steps
 
 
@@ -136,7 +131,7 @@ def dress(axis, key, last):
 
 
 def curves(run_dirs, file, names=None):
-    """Draws the runs into one PNG: entropy, accuracy and covariance side by side. RunError before anything is written.
+    """Draws the runs into one PNG: entropy, accuracy and covariance side by side. UserError before anything is written.
 
     names: of the experiment that each run belongs to, with a colour of its own, in this order (default: by method and options).
     """
@@ -180,19 +175,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directory of train.py; files are passed over")
     parser.add_argument("--out", metavar="DIR", help="where curves.png goes (default: a single run's directory, else figures/)")
-    parser.add_argument("--html", action="store_true", help="write page.html into each run instead: curves, and completions token by token")
     o = parser.parse_args()
     run_dirs = [Path(run) for run in o.runs if not Path(run).is_file()] or [Path(o.runs[0])]
     file = Path(o.out or (run_dirs[0] if len(run_dirs) == 1 else "figures")) / "curves.png"
     try:
-        if o.html:
-            return print(*[page.write(run_dir, *read_run(run_dir)) for run_dir in run_dirs], sep="\n")
         curves(run_dirs, file)
-    except (RunError, page.PageError) as error:
+    except UserError as error:
         parser.exit(2, f"plot.py: error: {error}\n")
     except OSError as error:
-        where = "page.html" if o.html else f"argument --out: {file.parent}"
-        parser.exit(2, f"plot.py: error: {where} cannot be written to: {error.strerror}\n")
+        parser.exit(2, f"plot.py: error: argument --out: {file.parent} cannot be written to: {error.strerror}\n")
     print(file)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from parallel import backward, score, score_each
-from policy import load_policy
+from rollout import load_policy
 
 
 def process_model(o):

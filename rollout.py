@@ -19,11 +19,66 @@ generation_config lists; that token is part of the completion, for stopping is a
     python rollout.py      samples from the embedded policy
 """
 
+import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
+from transformers.utils.logging import disable_progress_bar
+
+from data import UserError
+
+# ---------------------------------------------------------------- loading
+
+TINY = str(Path(__file__).parent / "tiny")
+disable_progress_bar()  # one bar is enough: the one that shows the training
+torch.backends.cuda.enable_cudnn_sdp(False)  # the default on some GPUs; it makes a plan for every shape, and no two micro-batches have the same
+
+
+def load_policy(name, device="cpu", dtype=torch.float32):
+    """Model (in eval mode: no dropout), tokenizer and the set of end-of-sequence ids of a folder or hub id.
+
+    Only safetensors are read, and no code that comes with a checkpoint is run.
+    Raises UserError if there is no such checkpoint, if its weights are not those of its architecture, if it has no chat template,
+    no end-of-sequence id, fewer embeddings than its tokenizer has tokens, a sliding window, or a rotary embedding that follows the batch.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
+                                                             trust_remote_code=False, output_loading_info=True)  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged file of a checkpoint makes the libraries raise anything
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {name}: not a checkpoint folder or hub id that loads: {what}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"--model {name}: not the weights of a {type(model).__name__}: {missing[0]} and {len(missing) - 1} others are missing")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its model {model.get_input_embeddings().num_embeddings}")
+    if tokenizer.chat_template is None:
+        raise UserError(f"--model {name}: its tokenizer has no chat template; take an instruct checkpoint or add one")
+    eos = model.generation_config.eos_token_id  # Qwen lists two; the tokenizer knows only one
+    eos = tokenizer.eos_token_id if eos is None else eos
+    if eos is None:
+        raise UserError(f"--model {name}: no eos_token_id in generation_config.json nor in the tokenizer")
+    layers = getattr(model.config, "layer_types", None)  # None: one kind of layer, windowed if sliding_window is set
+    if "sliding_attention" in layers if layers else getattr(model.config, "sliding_window", None):
+        raise UserError(f"--model {name}: it attends through a sliding window, which the sampler's cache does not do; take another model")
+    if (rope := (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")) in ("dynamic", "longrope"):
+        raise UserError(f"--model {name}: its rotary embedding ({rope}) follows the longest row of a batch, so completions would depend on each other; take another model")
+    return model.to(device).eval(), tokenizer, set(eos if isinstance(eos, list) else [eos])
+
+
+def context(config):
+    """The most tokens that prompt and completion may have together."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+# ---------------------------------------------------------------- sampling
+
 
 
 class RowCache(Cache):
@@ -258,7 +313,6 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
 
 def main():
     from arithmetic import problems
-    from policy import TINY, load_policy
 
     model, tokenizer, eos_ids = load_policy(TINY)
     prompts = [prompt for prompt, _ in problems("heldout", 16)][4:8]

@@ -29,14 +29,15 @@ import eval as evaluation
 import losses
 import reward
 import rollout
-import theorem
+from lab import theorem
 from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
 from metrics import recorder, sample_lines, stopwatch, summary
 from options import options
 from parallel import adamw, backward, gather, keep_apart, leader, recompute, score, score_each, share, together, world
-from policy import PolicyError, context, load_policy
+from rollout import context, load_policy
 from prime import process_model, process_rewards
 from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
+from data import UserError
 
 ROUNDS = 10  # of sampling in a step at most, with --filter-groups: as published in arXiv 2505.22617
 
@@ -225,13 +226,13 @@ def load(o, checkpoint=None):
     model, tokenizer, eos_ids = load_policy(source, o.device)
     room = context(model.config) - o.max_new_tokens
     if room <= 0:
-        raise data.DataError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {context(model.config)} positions of the model")
+        raise UserError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {context(model.config)} positions of the model")
     encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, room))
     if train and not any(encoded):
-        raise PolicyError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
+        raise UserError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
     problems = [(ids, answer) for ids, (_, answer) in zip(encoded, train) if ids]
     if not problems:
-        raise data.DataError(f"--data {o.data}: no prompt is left to train on ({overlap} dropped as held-out)")
+        raise UserError(f"--data {o.data}: no prompt is left to train on ({overlap} dropped as held-out)")
     data.encode_prompts(tokenizer, [prompt for prompt, _ in held_out], room)  # an error if none fits
     optimizer = adamw(model, o)
     if world()[0] == 0:

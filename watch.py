@@ -18,9 +18,9 @@ import time
 import torch
 
 import data
-from checkpoint import RunError, checkpoints
+from checkpoint import checkpoints
 from parallel import world
-from policy import PolicyError
+from data import UserError
 
 IN_A_ROW = 10  # skipped updates in a row that stop a run
 ECHO = 2.0  # seconds: a scheduler signals torchrun and its processes, torchrun passes it on, and all this is one wish
@@ -127,7 +127,7 @@ def ending(run, o):
                      else "no checkpoint was saved yet: --overwrite begins anew")  # fmt: skip
     try:
         return run(o)
-    except (data.DataError, PolicyError, RunError) as error:
+    except UserError as error:
         status, line = 2, str(error)
     except OSError as error:
         status, line = 1, f"{error}; {saved()}"

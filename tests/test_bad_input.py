@@ -13,7 +13,7 @@ from conftest import subprocess_of
 import data
 import eval as evaluation
 import train
-from policy import TINY
+from rollout import TINY
 
 ROW = '{"problem": "\\\\boxed{1+1=", "answer": "2"}\n'
 SMALL = "--prompts 2 --mini-batch 2 --passes 2 --samples 2 --eval-limit 2 --final-samples 2 --steps 1 --device cpu".split()

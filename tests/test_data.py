@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"
 
 import data  # noqa: E402
-from data import DataError, load_problems  # noqa: E402
+from data import UserError, load_problems  # noqa: E402
 
 shared = pytest.mark.skipif(not SHARED.exists(), reason="the real sets are not here")
 
@@ -30,7 +30,7 @@ def golds(path, rows, **options):
 
 
 def error_of(name, **options):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load_problems(name, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -342,16 +342,16 @@ def test_prompts_go_through_the_chat_template_of_the_tokenizer(tokenizer):
 
 def test_prompts_that_are_too_long_are_none_and_an_error_if_all_are(tokenizer):
     assert data.encode_prompts(tokenizer, ["p?", "p " * 100], 30)[1] is None
-    with pytest.raises(DataError, match="all 1 prompts are longer than 30 tokens: the shortest has 1"):
+    with pytest.raises(UserError, match="all 1 prompts are longer than 30 tokens: the shortest has 1"):
         data.encode_prompts(tokenizer, ["p " * 100], 30)
 
 
 def test_tokenizer_without_chat_template_is_one_line():
-    import warmstart
+    from lab import warmstart
 
     tokenizer = warmstart.make_tokenizer()
     tokenizer.chat_template, tokenizer.name_or_path = None, "some/base"
-    with pytest.raises(DataError, match="some/base: no chat template that puts a prompt to this model"):
+    with pytest.raises(UserError, match="some/base: no chat template that puts a prompt to this model"):
         data.encode_prompts(tokenizer, ["p?"], 10)
 
 

@@ -21,7 +21,8 @@ SHARED = ROOT.parent / "shared"
 
 import data  # noqa: E402
 import rollout  # noqa: E402
-from policy import load_policy  # noqa: E402
+from rollout import load_policy  # noqa: E402
+from data import UserError
 
 evaluation = importlib.import_module("eval")
 BENCHMARKS = ["math500", "aime2024", "aime2025", "amc23", "omni_math", "olympiadbench", "minerva", "gsm8k_test"]
@@ -92,7 +93,7 @@ def test_protocol_of_the_paper_is_the_default():
     assert evaluation.protocol("aime24", None, 0.0) == (1, 0.0)
     assert evaluation.protocol("math500", 8, None) == (8, 0.6)
     assert evaluation.protocol("math500", 8, 1.0) == (8, 1.0)
-    with pytest.raises(data.DataError, match="--samples 8"):
+    with pytest.raises(UserError, match="--samples 8"):
         evaluation.protocol("math500", 8, 0.0)
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from matplotlib.image import imread
 
-import law
+from lab import law
 
 A, B = 0.2, 0.8
 

@@ -10,7 +10,7 @@ from test_losses import mini_batch, numbers, options, push
 
 import data
 import losses
-import study
+from lab import study
 import train
 from losses import METHODS, Tokens, aggregate
 

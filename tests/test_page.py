@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import ROOT
 
-import page
+from lab import page
 import plot
 
 HOSTILE = ["<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "</label></article><h1>big</h1>",

@@ -27,6 +27,7 @@ import parallel
 import plot
 import train
 from parallel import gather, leader, micro_batches, share, together
+from data import UserError
 
 METHODS = list(losses.METHODS)
 LENGTHS = [(3, 9), (1, 1), (12, 4), (5, 7), (2, 2), (7, 9), (4, 6), (9, 1), (3, 9), (3, 9), (2, 2), (6, 3)]  # of prompt and completion
@@ -355,7 +356,7 @@ def errors():
         if rank == guilty:
             raise error
 
-    for call, guilty, error in ((together, n - 1, OSError(28, "no space")), (together, 0, data.DataError("no problems")), (leader, 0, OSError(13, "no permission"))):
+    for call, guilty, error in ((together, n - 1, OSError(28, "no space")), (together, 0, UserError("no problems")), (leader, 0, OSError(13, "no permission"))):
         try:
             call(fail, guilty, error)
         except (OSError, ValueError) as failure:
@@ -401,7 +402,7 @@ def test_all_processes_learn_what_each_one_has_and_of_an_error_in_one(work_of_on
     for result in results:
         assert result["gather"] == list(range(len(results))) and result["leader"] == (0, len(results))
         assert result["errors"] == work_of_one[1]["errors"] == [
-            ("OSError", "[Errno 28] no space"), ("DataError", "no problems"), ("PermissionError", "[Errno 13] no permission"),
+            ("OSError", "[Errno 28] no space"), ("UserError", "no problems"), ("PermissionError", "[Errno 13] no permission"),
         ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import plot
+from data import UserError
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_torn_last_line_is_ignored(make_run, torn):
 
 @pytest.mark.parametrize("damage", ['{"step": 7, "rew\n{"step": 8}\n', "7\n", '{"loss": 1}\n'])
 def test_a_broken_line_elsewhere_is_not_ignored(make_run, damage):
-    with pytest.raises(plot.RunError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         plot.read_run(make_run("r", end=damage))
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from entropy import score
-from policy import TINY, PolicyError, load_policy
+from rollout import TINY, load_policy
 from rollout import sample
+from data import UserError
 
 
 def variant(checkpoint, folder, **changes):
@@ -23,7 +24,7 @@ def variant(checkpoint, folder, **changes):
 
 
 def refused(folder):
-    with pytest.raises(PolicyError) as error:
+    with pytest.raises(UserError) as error:
         load_policy(str(folder))
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     return str(error.value)

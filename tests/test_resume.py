@@ -26,7 +26,8 @@ import losses
 import options
 import plot
 import train
-from policy import TINY, load_policy
+from rollout import TINY, load_policy
+from data import UserError
 
 SHORT = ("--steps 4 --save-every 1 --eval-every 2 --prompts 4 --mini-batch 2 --samples 4 --eval-limit 4 --final-samples 2 --seed 5"
          " --device cpu --lr 1e-3 --cov-low 0.05 --clip-cov-ratio 0.1 --kl-cov-ratio 0.1").split()  # fmt: skip
@@ -312,7 +313,7 @@ def test_a_run_that_another_process_has_begun_and_ended_meanwhile_is_not_replace
     out = copy(four, tmp_path / "run")
     before, config = tree(out), json.loads((out / "config.json").read_text())
     try:
-        with pytest.raises(checkpoint.RunError, match="--out: another process"):
+        with pytest.raises(UserError, match="--out: another process"):
             checkpoint.begin(config | {"out": str(out), "resume": False, "overwrite": False})
         assert tree(out) == before
     finally:
@@ -347,7 +348,7 @@ def test_options_that_would_change_the_run_are_refused_by_name_and_the_others_ar
             if name not in ("out", "resume"):
                 checkpoint.refuse_changes(four, o)
             continue
-        with pytest.raises(checkpoint.RunError, match="--" + name.replace("_", "-")):
+        with pytest.raises(UserError, match="--" + name.replace("_", "-")):
             checkpoint.refuse_changes(four, o)
 
 

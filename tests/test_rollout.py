@@ -10,7 +10,7 @@ import torch
 
 import rollout
 from entropy import score
-from policy import TINY, load_policy
+from rollout import TINY, load_policy
 from rollout import next_token, sample, uniforms
 
 V = 24

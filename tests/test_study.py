@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-import starting
-import study
+from lab import starting
+from lab import study
 from arithmetic import chain_of_thought, correct, leftmost, problems
 
 

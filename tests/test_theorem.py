@@ -12,12 +12,12 @@ from conftest import ROOT
 from matplotlib.image import imread
 
 import data
-import page
+from lab import page
 import plot
-import theorem
+from lab import theorem
 import train
 from covariance import token_covariance
-from policy import TINY, load_policy
+from rollout import TINY, load_policy
 
 PROBE = {
     "rows": [[[3, 1, 4], [1, 5, 9, 2]], [[6], [5, 3, 5]], [[8, 9, 7, 9, 3], [2]]],

@@ -30,8 +30,9 @@ import losses
 import plot
 import reward
 import train
-import warmstart
-from policy import TINY, load_policy
+from lab import warmstart
+from rollout import TINY, load_policy
+from data import UserError
 
 METHODS = list(losses.METHODS)
 WITHOUT_SIGNAL = {"entropy_bonus", "kl_ref"}  # their loss has a gradient where no reward speaks
@@ -407,7 +408,7 @@ def test_prompts_longer_than_the_limit_are_dropped_and_counted(options, capsys):
     assert kept == [(f"\\boxed{{{i}+1=", str(i + 1)) for i in reversed(range(10))]  # each still with its own answer
     assert "10 problems (0 dropped as held-out, 10 as too long)" in capsys.readouterr().out
     assert len(train.load(options("grpo", "--max-prompt-tokens 6"))[1]) == 20
-    with pytest.raises(data.DataError, match="longer than 4 tokens"):
+    with pytest.raises(UserError, match="longer than 4 tokens"):
         train.load(options("grpo", "--max-prompt-tokens 4"))
 
 

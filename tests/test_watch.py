@@ -20,7 +20,7 @@ import plot
 import reward
 import train
 import watch
-from policy import TINY, load_policy
+from rollout import TINY, load_policy
 
 SHORT = ("--steps 12 --prompts 4 --mini-batch 2 --samples 4 --eval-limit 2 --final-samples 2 --eval-every 99 --device cpu --max-new-tokens 12").split()
 

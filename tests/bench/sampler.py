@@ -29,7 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import arithmetic
 import rollout
-from policy import TINY, load_policy
+from rollout import TINY, load_policy
 
 QWEN = {"0.5B": (896, 4864, 24, 14, 2), "1.5B": (1536, 8960, 28, 12, 2)}  # hidden, intermediate, layers, heads, key/value heads
 

@@ -30,6 +30,7 @@ import torch
 
 import plot
 from entropy import fit_law
+from data import UserError
 
 FORMS = {"exp H": torch.exp, "H": lambda H: H, "log H": torch.log}  # R is a straight line in one of these; the first is the law
 EARLY = (0.1, 0.2, 0.36, 0.5)
@@ -39,10 +40,10 @@ def points(steps, key="reward"):
     """(H, R) of the steps that have both, in float64."""
     known = [(s["entropy"], s[key]) for s in steps if s.get("entropy") is not None and s.get(key) is not None]
     if len(known) < 8:
-        raise plot.RunError(f"has {len(known)} steps with entropy and {key}; a law needs 8 or more")
+        raise UserError(f"has {len(known)} steps with entropy and {key}; a law needs 8 or more")
     H, R = torch.tensor(known, dtype=torch.float64).T
     if H.min() == H.max():
-        raise plot.RunError("its entropy never changes; there is nothing to fit")
+        raise UserError("its entropy never changes; there is nothing to fit")
     return H, R
 
 
@@ -278,10 +279,10 @@ def main(argv=None):
         for run, (_, steps) in read.items():
             try:
                 points(steps, o.of)
-            except plot.RunError as error:
-                raise plot.RunError(f"{run} {error}") from None
+            except UserError as error:
+                raise UserError(f"{run} {error}") from None
         (compare if o.against else fit_each)(read, o)
-    except plot.RunError as error:
+    except UserError as error:
         parser.exit(2, f"entropy.py: error: {error}\n")
     except OSError as error:
         parser.exit(2, f"entropy.py: error: {error.filename} cannot be written to: {error.strerror}\n")

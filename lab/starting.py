@@ -17,11 +17,11 @@ from matplotlib.ticker import PercentFormatter
 
 import data
 import eval as evaluation
-import law
+from lab import law
 import plot
 from arithmetic import correct, leftmost
 from entropy import fit_law
-from policy import load_policy
+from rollout import load_policy
 
 METHODS = ["grpo", "clip_cov", "kl_cov"]
 EMBEDDED = "embedded"  # the base of rows without a comma: tiny/

@@ -43,7 +43,8 @@ import rollout
 from covariance import predicted_entropy_change
 from entropy import LOGITS_AT_ONCE, entropy
 from parallel import micro_batches
-from policy import TINY, load_policy
+from rollout import TINY, load_policy
+from data import UserError
 
 PROBLEMS, STATES = 32, 512  # held-out problems that the probe's completions answer, and how many of their states are kept
 
@@ -170,10 +171,10 @@ def quartiles(values):
 
 
 def over_run(steps):
-    """The figures of a run from the lines of its metrics.jsonl. RunError without --check-theorem."""
+    """The figures of a run from the lines of its metrics.jsonl. UserError without --check-theorem."""
     known = [s for s in steps if s.get("theorem") and s["theorem"]["dH"] is not None and s["covariance"] is not None]
     if not known:
-        raise plot.RunError("metrics.jsonl has no `theorem`: the run was made without --check-theorem")
+        raise UserError("metrics.jsonl has no `theorem`: the run was made without --check-theorem")
     covariance, fall = [s["covariance"] for s in known], [-s["theorem"]["dH"] for s in known]
     pairs = [(a["covariance"], a["entropy"] - b["entropy"]) for a, b in zip(known, known[1:]) if b["step"] == a["step"] + 1]
     groups = [s["difficulty"] for s in known]
@@ -294,13 +295,13 @@ def main():
             runs[run] = plot.read_run(run)[1]
             try:
                 figures[run] = over_run(runs[run])
-            except plot.RunError as error:
-                raise plot.RunError(f"{run}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{run}: {error}") from None
         for run in o.runs:
             (Path(run) / "theorem.json").write_text(json.dumps(figures[run], indent=1) + "\n")
         file = Path(o.out or (o.runs[0] if len(o.runs) == 1 else "figures")) / "theorem.png"
         draw(runs, file)
-    except plot.RunError as error:
+    except UserError as error:
         parser.exit(2, f"theorem.py: error: {error}\n")
     except OSError as error:
         parser.exit(2, f"theorem.py: error: {error.filename}: {error.strerror}\n")

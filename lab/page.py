@@ -11,12 +11,15 @@ What is shown is what samples.jsonl holds: a few completions of the steps with a
 step's first update. A token's covariance is centred over its mini-batch (covariance.py).
 """
 
+import argparse
 import json
 import math
 from collections import defaultdict
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from data import UserError
+import plot
 
 LONGEST = 400  # tokens shown of a completion, so that a page stays a page
 QUANTITIES = {  # key in samples.jsonl: what the radio button says, unit
@@ -35,10 +38,6 @@ CURVES = [  # title, unit, logarithmic, {key in metrics.jsonl: label}
 SIGNS = {i: chr(0x2400 + i) for i in range(32)} | {ord("\n"): "↵\n", ord("\t"): "⇥", 127: "␡"}
 ACTIONS = {"clip_cov": "its gradient was removed", "kl_cov": "held by the KL penalty"}
 
-
-
-class PageError(ValueError):
-    """Completions that cannot be shown; the message is one line for the user."""
 
 
 # ---------------------------------------------------------------- text of the model
@@ -214,18 +213,18 @@ HEAD = """<!doctype html>
 
 
 def read_samples(run_dir):
-    """The lines of samples.jsonl; a torn last line is left out. PageError if it is missing, empty or damaged."""
+    """The lines of samples.jsonl; a torn last line is left out. UserError if it is missing, empty or damaged."""
     try:
         *lines, torn = (Path(run_dir) / "samples.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
         samples = [json.loads(line) for line in lines]
         for line in samples:
             token_rows(line), line["step"], line["prompt"], line["reward"] > 0
     except OSError as error:
-        raise PageError(f"{run_dir}: samples.jsonl: {error.strerror}") from None
+        raise UserError(f"{run_dir}: samples.jsonl: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise PageError(f"{run_dir} is damaged: samples.jsonl: {type(error).__name__}: {error}") from None
+        raise UserError(f"{run_dir} is damaged: samples.jsonl: {type(error).__name__}: {error}") from None
     if not samples:
-        raise PageError(f"{run_dir} has no completions yet: samples.jsonl holds no whole line")
+        raise UserError(f"{run_dir} has no completions yet: samples.jsonl holds no whole line")
     return samples
 
 
@@ -265,7 +264,21 @@ High entropy marks forks, where the policy decides; high covariance marks those 
 
 
 def write(run_dir, config, steps):
-    """RUN/page.html; returns its path. PageError for samples that cannot be shown."""
+    """RUN/page.html; returns its path. UserError for samples that cannot be shown."""
     file = Path(run_dir) / "page.html"
     file.write_text(page(config, steps, read_samples(run_dir)), encoding="utf-8", errors="replace")  # half a surrogate pair is no text
     return file
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m lab.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directory of train.py")
+    for run in parser.parse_args().runs:
+        try:
+            print(write(run, *plot.read_run(run)))
+        except (UserError, OSError) as error:
+            parser.exit(2, f"lab.page: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

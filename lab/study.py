@@ -27,13 +27,13 @@ from statistics import fmean, stdev
 import data
 import eval as evaluation
 import losses
-import page
+from lab import page
 import plot
-import starting
-import theorem
-from policy import TINY, load_policy
+from lab import starting
+from lab import theorem
+from rollout import TINY, load_policy
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WINDOW = 20
 
 # Bases: what warmstart.py is told, to make starting policies from the most common right strategy to the rarest, and of four sizes.
@@ -89,14 +89,14 @@ def directory(row, seed):
 def process(*command):
     """A Python process with one thread and its last line: of what it says, or of what it complains about."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, cwd=HERE)
     print((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1], flush=True)
 
 
 def make_base(base):
     """The starting policy of that name, unless it is there."""
     if not place(base).exists():
-        process(HERE / "warmstart.py", *BASES[base].split(), "--out", place(base + " new"))
+        process("-m", "lab.warmstart", *BASES[base].split(), "--out", place(base + " new"))
         place(base + " new").rename(place(base))
 
 
