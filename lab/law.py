@@ -1,317 +1,289 @@
-"""The law: accuracy is bought with entropy, R = -a exp(H) + b (arXiv 2505.22617, section 2). Fitted to runs, foretold, and doubted.
+"""The law R = -a exp(H) + b (arXiv 2505.22617, section 2), fitted to runs and tested on them.
 
-    python entropy.py RUN ...                          each run by itself: law.json and law.png into it
-    python entropy.py RUN ... --against RUN ...        do the runs lie on the curve that is fitted to the others? Into figures/
+    python -m lab.law RUN ...                      the law of each run
+    python -m lab.law RUN ... --against RUN ...    and: do the runs lie on the baseline's curve or above it?
 
-Each step of a run is a point: H, the policy's entropy on the rollouts of the step, and R, the share of these that were right.
-Both belong to the policy that entered the step, and the problems are new ones, so R is an unbiased estimate of the sampled
-accuracy; but with 64 problems a step its noise is some .05, and caps the R^2 of even a perfect law. So:
+Each step of a run is one point: H, the policy entropy on its rollouts (`entropy` in metrics.jsonl, the token
+mean in nats), and R, the share of these rollouts that were right (`reward`). Both belong to the policy that
+entered the step, and the problems are new, so R is an unbiased but noisy estimate of the sampled accuracy.
 
-    the fit         least squares through all steps: smoothing would not make it better
-    its quality     R^2 and RMSE of means over --smooth consecutive steps, of R and of what the fit says alike. Every form here
-                    is linear in some f(H), so the mean of its predictions is its prediction at the mean of f(H)
-    the noise       from the steps themselves: R_t - (R_{t-1} + R_{t+1}) / 2 has variance 3/2 sigma^2 where the truth is straight
-                    over three steps (Gasser, Sroka and Jennen-Steinmetz 1986). `noise allows` is the R^2 that a perfect law would have
-    intervals       95%, bootstrap: of one run over its residuals, in blocks of --smooth consecutive steps; of several over the runs
-    the doubt       the same points with R linear in H, and in log H. Where H is below a third or so, exp(H) is nearly a
-                    straight line, and no such data tell the first two apart: `bend` is the greatest distance, in units of the
-                    range, between exp(H) and the line through its ends
-    the forecast    the fit to the first 10, 20, 36 and 50% of the steps, applied to the entropies of the rest
+    fit         least squares over all steps: a, b, and the ceiling b - a, which is R at H = 0
+    R^2         of means over 5 consecutive steps, which reduces the noise; the same with R linear in H and in
+                log H. `possible` is the R^2 of a perfect law, given the noise of R
+    forecast    the law fitted to the first 10, 20, 36 and 50% of the steps predicts R at the end
+    above       mean of R - law(H) over the steps whose H occurs in the baseline too, and R at the end minus
+                the ceiling, both for the baseline's law
 
-Entropy here is the token mean at temperature 1 (`entropy` in metrics.jsonl); a and b depend on that choice.
+Intervals hold 95%, by bootstrap: over the runs if there are several, over the residuals of a single run.
+Written to OUT: law.md, law.png and data/law.json.
 """
 
 import argparse
 import json
-import math
+import random
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 import plot
-from entropy import fit_law
 from data import UserError
+from entropy import fit_law
 
-FORMS = {"exp H": torch.exp, "H": lambda H: H, "log H": torch.log}  # R is a straight line in one of these; the first is the law
-EARLY = (0.1, 0.2, 0.36, 0.5)
+FORMS = {  # R is a straight line in one of these
+    "exp(H)": torch.exp,
+    "H": torch.clone,
+    "log H": lambda H: H.clamp(min=1e-6).log(),
+}
+EARLY = (0.1, 0.2, 0.36, 0.5)  # parts of a run that predict its end
+WIDTH = 5  # consecutive steps of which means are taken, and that the bootstrap keeps together
+DRAWS = 1000  # of the bootstrap
+ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)  # of a 95% interval
+
+
+def report(out, name, text, data, figure):
+    """Writes OUT/NAME.md, OUT/NAME.png and OUT/data/NAME.json, and prints the text."""
+    out = Path(out)
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text)
+    (out / "data" / f"{name}.json").write_text(json.dumps(data) + "\n")
+    figure.savefig(out / f"{name}.png", dpi=100)
+    print(text)
+
+
+def markdown(head, rows):
+    """A table in markdown, from the names of its columns and the cells of its rows."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- the law of one run
 
 
 def points(steps, key="reward"):
-    """(H, R) of the steps that have both, in float64."""
+    """(H, R) of the steps that have both: (N,) each, float64. UserError for too few, or a constant H."""
     known = [(s["entropy"], s[key]) for s in steps if s.get("entropy") is not None and s.get(key) is not None]
-    if len(known) < 8:
-        raise UserError(f"has {len(known)} steps with entropy and {key}; a law needs 8 or more")
+    if len(known) < 2 * WIDTH:
+        raise UserError(f"{len(known)} steps have entropy and {key}; a fit needs {2 * WIDTH} or more")
     H, R = torch.tensor(known, dtype=torch.float64).T
     if H.min() == H.max():
-        raise UserError("its entropy never changes; there is nothing to fit")
+        raise UserError("the entropy never changes, so there is nothing to fit")
     return H, R
 
 
-def line(x, R):
-    """(slope, intercept) of the least-squares line of R over x."""
-    dx = x - x.mean()
-    slope = (dx * R).sum() / (dx * dx).sum()
-    return slope.item(), (R.mean() - slope * x.mean()).item()
+def block_means(series):
+    """Means over WIDTH consecutive values of each series, in one tensor; incomplete blocks are left out."""
+    return torch.cat([x[: len(x) // WIDTH * WIDTH].view(-1, WIDTH).mean(1) for x in series])
 
 
-def blocks(x, width):
-    """Means over `width` consecutive values; what is left at the end, fewer than that, is left out."""
-    width = min(width, len(x))
-    return x[: len(x) // width * width].view(-1, width).mean(1)
+def r_squared(runs, form):
+    """R^2 of block means if R is a straight line in form(H). runs: [(H, R)]. None where R never changes."""
+    x, R = [form(H) for H, _ in runs], [R for _, R in runs]
+    design = torch.stack((torch.cat(x), torch.ones(sum(map(len, x)), dtype=torch.float64)), 1)
+    slope, intercept = torch.linalg.lstsq(design, torch.cat(R)[:, None]).solution.flatten()
+    x, R = block_means(x), block_means(R)
+    total = (R - R.mean()).square().sum()
+    return (1 - (R - slope * x - intercept).square().sum() / total).item() if total > 0 else None
 
 
-def quality(R, predicted, width):
-    """R^2 and RMSE of the means over `width` consecutive points."""
-    R, predicted = blocks(R, width), blocks(predicted, width)
-    error, total = (R - predicted).square(), (R - R.mean()).square()
-    return {"r2": (1 - error.sum() / total.sum()).item() if total.sum() > 0 else None, "rmse": error.mean().sqrt().item()}
+def possible_r_squared(runs):
+    """The R^2 of a perfect law: 1 - variance of the noise / variance, of block means, at least 0. Or None.
+
+    The noise is estimated from second differences: R_t - (R_{t-1} + R_{t+1}) / 2 has variance 3/2 sigma^2
+    where the truth is straight over three steps (Gasser, Sroka and Jennen-Steinmetz 1986).
+    """
+    noise = torch.cat([R[1:-1] - (R[:-2] + R[2:]) / 2 for _, R in runs]).square().mean() / 1.5
+    variance = block_means([R for _, R in runs]).var(correction=0)
+    return max(0.0, 1 - (noise / WIDTH / variance).item()) if variance > 0 else None
 
 
-def noise(R):
-    """Standard deviation of the noise of a series whose truth is smooth, from its second differences."""
-    return ((R[1:-1] - (R[:-2] + R[2:]) / 2).square().mean() / 1.5).sqrt().item()
+def pool(runs):
+    """The steps of all runs as one (H, R)."""
+    return torch.cat([H for H, _ in runs]), torch.cat([R for _, R in runs])
 
 
-def noise_allows(R, width):
-    """The R^2 of a perfect law on means over `width` points: 1 - sigma^2 / (width Var), not below 0; None where R never changes."""
-    variance = blocks(R, width).var(correction=0).item()
-    return max(0.0, 1 - noise(R) ** 2 / width / variance) if variance > 0 else None
+def resample(runs):
+    """(a, b) of the law on bootstrap samples: (DRAWS,) each. runs: [(H, R)].
+
+    Several runs are drawn with replacement. Of a single run the residuals are drawn, in blocks of WIDTH
+    steps; its H stay, because a few early steps determine the slope.
+    """
+    rng, samples = random.Random(0), []
+    H, R = runs[0]
+    predicted = fit_law(H, R).predict(H)
+    residuals = R - predicted
+    for _ in range(DRAWS):
+        if len(runs) > 1:
+            law = fit_law(*pool(rng.choices(runs, k=len(runs))))
+        else:
+            starts = rng.choices(range(len(H) - WIDTH + 1), k=-(-len(H) // WIDTH))
+            drawn = torch.cat([residuals[s : s + WIDTH] for s in starts])[: len(H)]
+            law = fit_law(H, predicted + drawn)
+        samples.append((law.a, law.b))
+    return torch.tensor(samples, dtype=torch.float64).T
 
 
-def resample_steps(H, R, width, count=2000, seed=0):
-    """a and b of `count` refits of the law to one run: its fit plus residuals, drawn in blocks of consecutive steps: (count, 2)."""
-    law, n, width = fit_law(H, R), len(H), min(width, len(H))
-    fitted = law.predict(H)
-    starts = torch.randint(n - width + 1, (count, -(-n // width)), generator=torch.Generator().manual_seed(seed))
-    drawn = (starts[:, :, None] + torch.arange(width)).view(count, -1)[:, :n]
-    new, dx = fitted + (R - fitted)[drawn], H.exp() - H.exp().mean()
-    slope = new @ dx / (dx @ dx)
-    return torch.stack((-slope, new.mean(1) - slope * H.exp().mean()), 1)
-
-
-def resample_runs(runs, count=2000, seed=0):
-    """a and b of `count` fits of the law to as many runs as there are, drawn with replacement: (count, 2). runs: [(H, R), ...]."""
-    moments = torch.stack([torch.stack((torch.ones_like(x), x, R, x * x, x * R)).sum(1) for x, R in ((H.exp(), R) for H, R in runs)])
-    chosen = torch.randint(len(runs), (count, len(runs)), generator=torch.Generator().manual_seed(seed))
-    n, x, R, xx, xR = moments[chosen].sum(1).T
-    slope = (n * xR - x * R) / (n * xx - x * x)
-    return torch.stack((-slope, (R - slope * x) / n), 1)
-
-
-def interval(values):
-    """The middle 95%."""
-    return values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0).tolist()
-
-
-def forecast(H, R, fraction, width):
-    """Each form, fitted to the first part of the steps, against the rest: RMSE there, and the last tenth foretold."""
-    n, last = max(2, round(fraction * len(H))), max(1, len(H) // 10)
-    out = {"steps": n, "end": R[-last:].mean().item()}
-    for name, f in FORMS.items():
-        x = f(H)
-        if not x.isfinite().all() or x[:n].min() == x[:n].max():
-            out[name] = None
-            continue
-        slope, intercept = line(x[:n], R[:n])
-        predicted = slope * x + intercept
-        out[name] = {"rmse": quality(R[n:], predicted[n:], width)["rmse"], "end": predicted[-last:].mean().item()}
-    return out
-
-
-def analyse(steps, key="reward", width=5):
-    """law.json: everything that the tables say of one run."""
-    H, R = points(steps, key)
-    law, x = fit_law(H, R), H.exp()
-    samples = resample_steps(H, R, width)
-    chord = x.min() + (x.max() - x.min()) * (H - H.min()) / (H.max() - H.min())
-    forms = {}
-    for name, f in FORMS.items():
-        finite = f(H).isfinite().all()  # log 0 is not
-        slope, intercept = line(f(H), R) if finite else (None, None)
-        forms[name] = {"slope": slope, "intercept": intercept} | quality(R, slope * f(H) + intercept, width) if finite else None
+def fit(runs):
+    """The law of all steps of the runs, its intervals, and R^2 of each form, as plain numbers."""
+    law, (a, b) = fit_law(*pool(runs)), resample(runs)
+    interval = {"a": a.quantile(ENDS), "b": b.quantile(ENDS), "ceiling": (b - a).quantile(ENDS)}
     return {
-        "of": key, "smooth": width, "steps": len(H), "entropy": [H[0].item(), H[-1].item()],
-        "a": law.a, "b": law.b, "ceiling": law.ceiling, "r2": forms["exp H"]["r2"], "rmse": forms["exp H"]["rmse"],
-        "r2_of_steps": law.r2, "rmse_of_steps": law.rmse,
-        "interval": {"a": interval(samples[:, 0]), "b": interval(samples[:, 1]), "ceiling": interval(samples[:, 1] - samples[:, 0])},
-        "noise": noise(R), "noise_allows": noise_allows(R, width), "bend": ((x - chord).abs().max() / (x.max() - x.min())).item(),
-        "forms": forms, "forecast": {f"{fraction:.0%}": forecast(H, R, fraction, width) for fraction in EARLY},
+        "a": law.a, "b": law.b, "ceiling": law.ceiling,
+        "interval": {key: ends.tolist() for key, ends in interval.items()},
+        "r2": {name: r_squared(runs, form) for name, form in FORMS.items()},
+        "possible": possible_r_squared(runs),
     }  # fmt: skip
 
 
-def tables(laws):
-    """Three tables as lines of text: {run: analyse(...)}."""
-    cell = lambda x, form=".3f": "-" if x is None else format(x, form)
-    span = lambda x, ends: f"{x:.3f} [{ends[0]:.2f}, {ends[1]:.2f}]"
-    pair = lambda form: f"{cell(form['r2'])} {form['rmse']:.3f}" if form else "-"
-    yield f"{'run':28} steps  entropy         {'a':22} {'b':22} {'ceiling -a + b':22} R^2    noise allows  RMSE"
-    for run, w in laws.items():
-        ends = "{:.3f}->{:.4f}".format(*w["entropy"])
-        yield (f"{run:28} {w['steps']:5}  {ends:15} {span(w['a'], w['interval']['a']):22} {span(w['b'], w['interval']['b']):22} "
-               f"{span(w['ceiling'], w['interval']['ceiling']):22} {cell(w['r2']):6} {cell(w['noise_allows']):>12}  {w['rmse']:.3f}")  # fmt: skip
-    yield f"\n{'R^2 and RMSE of R linear in':28} " + "  ".join(f"{name:13}" for name in FORMS) + "  bend of exp H"
-    for run, w in laws.items():
-        yield f"{run:28} " + "  ".join(f"{pair(w['forms'][name]):13}" for name in FORMS) + f"  {w['bend']:.3f}"
-    yield f"\n{'the rest, from the first':28} part  steps  " + "  ".join(f"{name + ': RMSE, end':19}" for name in FORMS) + "  end, measured"
-    for run, w in laws.items():
-        for part, f in w["forecast"].items():
-            ends = "  ".join(f"{'{rmse:.3f}, {end:.3f}'.format(**f[name]) if f[name] else '-':19}" for name in FORMS)
-            yield f"{run:28} {part:>4} {f['steps']:6}  {ends}  {f['end']:.3f}"
+def forecast(H, R, part):
+    """R in the last tenth of the steps as the law of the first `part` of the steps predicts it, or None."""
+    n = round(part * len(H))
+    if n < 2 or H[:n].min() == H[:n].max():
+        return None
+    return fit_law(H[:n], R[:n]).predict(last_tenth(H)).mean().item()
 
 
-# ---------------------------------------------------------------- on the curve, or above it?
+def last_tenth(x):
+    """The last tenth of a series, at least one value."""
+    return x[-max(1, len(x) // 10) :]
 
 
-def distances(runs, others, key="reward", width=5, bands=4):
-    """Where runs lie against the law that is fitted to others. runs: {label: [steps, ...]}; others: [steps, ...].
+# ---------------------------------------------------------------- on the curve of a baseline, or above it?
 
-    For each label, as mean and 95% interval over bootstraps of both the others (the curve) and the runs:
-        distance   mean of R - law(H) over the steps whose H occurs among the others
-        end        R over the last tenth of the steps, less the ceiling
-        bands      the distance in bands of equal width in log H, high to low; `others` has the same bands, and where these are
-                   themselves off their curve, it is the law that does not hold
-        apart      the runs' bands less the others' bands, three times as narrow, mean over those that both have: equal H against
-                   equal H, whether the law holds or not. Two runs or more of each
+
+def above(rows, law, curves):
+    """Mean over runs of R + a exp(H) - b, with its interval. The bootstrap draws the runs and the curve.
+
+    rows (runs, 2): R and exp(H) of each run, both means over steps, for the law is linear in exp(H).
     """
-    base = [points(steps, key) for steps in others]
-    H = torch.cat([h for h, _ in base])
-    law = fit_law(H, torch.cat([r for _, r in base]))
-    curves = resample_runs(base) if len(base) > 1 else resample_steps(*base[0], width)
-    cut = lambda n: torch.linspace(math.log(H.max().item()), math.log(max(H.min().item(), 1e-6)), n + 1, dtype=torch.float64).exp()
-    edges, narrow = cut(bands), cut(3 * bands)
-    inside = lambda h, low, high: (h >= low * (1 - 1e-9)) & (h <= high * (1 + 1e-9))
-
-    def measure(group, low, high):
-        """[mean of R, mean of exp(H)] of each run's steps between two entropies: (runs, 2); the law is linear in the second."""
-        rows = [torch.stack((r[k].mean(), h[k].exp().mean())) for h, r in group if (k := inside(h, low, high)).any()]
-        return torch.stack(rows) if rows else None
-
-    def against(rows):
-        """Mean distance of (runs, 2) from the curve, and its interval."""
-        if rows is None:
-            return None
-        chosen = torch.randint(len(rows), (len(curves), len(rows)), generator=torch.Generator().manual_seed(1))
-        R, x = rows[chosen].mean(1).T
-        return {"mean": (rows[:, 0] + law.a * rows[:, 1] - law.b).mean().item(), "runs": len(rows),
-                "interval": interval(R + curves[:, 0] * x - curves[:, 1])}  # fmt: skip
-
-    def residuals(group):
-        """Mean distance of each run in each narrow band: (runs, bands), nan where it has no step."""
-        distance = [(h, r + law.a * h.exp() - law.b) for h, r in group]
-        return torch.stack([torch.stack([d[inside(h, low, high)].mean() for high, low in zip(narrow, narrow[1:])]) for h, d in distance])
-
-    def apart(group):
-        mine, theirs = residuals(group), residuals(base)
-        mean = (mine.nanmean(0) - theirs.nanmean(0)).nanmean().item()
-        if len(group) < 2 or len(base) < 2 or math.isnan(mean):
-            return None
-        redrawn = lambda x, seed: x[torch.randint(len(x), (2000, len(x)), generator=torch.Generator().manual_seed(seed))].nanmean(1)
-        ends = (redrawn(mine, 2) - redrawn(theirs, 3)).nanmean(1)
-        return {"mean": mean, "runs": len(group), "interval": interval(ends[ends.isfinite()])}
-
-    def summary(group):
-        last = lambda r: r[-max(1, len(r) // 10) :].mean()
-        ends = torch.stack([torch.stack((last(r), torch.ones_like(r[0]))) for _, r in group])  # exp(0) = 1: the ceiling
-        return {"distance": against(measure(group, edges[-1], edges[0])), "end": against(ends), "apart": apart(group),
-                "bands": [against(measure(group, low, high)) for high, low in zip(edges, edges[1:])]}  # fmt: skip
-
-    groups = {"the others": base} | {label: [points(steps, key) for steps in seeds] for label, seeds in runs.items()}
-    return {"a": law.a, "b": law.b, "ceiling": law.ceiling, "others": len(base), "edges": edges.tolist(),
-            "curves": curves, "of": {label: summary(group) for label, group in groups.items()}}  # fmt: skip
+    rows, (a, b) = torch.tensor(rows, dtype=torch.float64), curves
+    chosen = torch.randint(len(rows), (DRAWS, len(rows)), generator=torch.Generator().manual_seed(1))
+    R, x = rows[chosen].mean(1).T
+    mean = (rows[:, 0] + law.a * rows[:, 1] - law.b).mean().item()
+    return {"mean": mean, "interval": (R + a * x - b).quantile(ENDS).tolist(), "runs": len(rows)}
 
 
-def distance_table(d):
-    """The same as lines of text."""
-    cell = lambda x: "-" if x is None else f"{x['mean']:+.3f} [{x['interval'][0]:+.2f}, {x['interval'][1]:+.2f}]"
-    yield f"curve of the {d['others']} others: R = -{d['a']:.3f} exp(H) + {d['b']:.3f}, ceiling {d['ceiling']:.3f}"
-    names = [f"H {high:.3g}..{low:.3g}" for high, low in zip(d["edges"], d["edges"][1:])]
-    yield f"{'R above the curve, 95%':28} " + " ".join(f"{name:24}" for name in ("at equal H", *names, "apart from the others", "end above the ceiling"))
-    for label, s in d["of"].items():
-        yield f"{label:28} " + " ".join(f"{cell(x):24}" for x in (s["distance"], *s["bands"], s["apart"], s["end"]))
+def compare(groups, baseline):
+    """How far the runs of each group lie above the law of the baseline. groups: {label: [(H, R)]}.
 
-
-# ---------------------------------------------------------------- pictures
-
-
-def draw(file, shown, laws=(), width=5, key="reward"):
-    """R against H on a logarithmic axis: steps pale, their means full. shown: [(label, colour, [steps, ...])].
-
-    laws: [(label, colour, a, b, curves (N, 2) or None)]; the curves are drawn as their middle 95%.
+    "equal H": over the steps whose entropy occurs in the baseline, None if there is none; "end": R at the end
+    minus the ceiling.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    H, R = pool(baseline)
+    law, curves, low, high = fit_law(H, R), resample(baseline), H.min(), H.max()
+    found = {}
+    for label, runs in groups.items():
+        equal, ends = [], []
+        for H, R in runs:
+            inside = (H >= low) & (H <= high)
+            if inside.any():
+                equal.append((R[inside].mean(), H[inside].exp().mean()))
+            ends.append((last_tenth(R).mean(), 1.0))  # exp(0) = 1 is the ceiling
+        found[label] = {"equal H": above(equal, law, curves) if equal else None,
+                        "end": above(ends, law, curves)}  # fmt: skip
+    return found
 
-    with rc_context(plot.STYLE | {"font.size": 14, "axes.titlesize": 16}):
-        figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+
+# ---------------------------------------------------------------- tables and the picture
+
+
+def number(x, ends=None):
+    """Two digits, with an interval if there is one; a dash for None."""
+    text = "-" if x is None else f"{x:.2f}"
+    return text if ends is None else f"{text} [{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+def law_table(fits):
+    """fits: {label: fit(...)} -> markdown."""
+    rows = []
+    for label, w in fits.items():
+        values = [number(w[key], w["interval"][key]) for key in ("a", "b", "ceiling")]
+        rows.append([label, *values, *map(number, w["r2"].values()), number(w["possible"])])
+    return markdown(["run", "a", "b", "ceiling", *(f"R^2, {name}" for name in FORMS), "possible"], rows)
+
+
+def forecast_table(forecasts):
+    """forecasts: {run: [predicted R of each part in EARLY, measured R]} -> markdown."""
+    rows = [[run, *map(number, values)] for run, values in forecasts.items()]
+    return markdown(["R at the end of", *(f"from {part:.0%}" for part in EARLY), "measured"], rows)
+
+
+def above_table(comparison):
+    """comparison: compare(...) -> markdown."""
+    rows = []
+    for label, found in comparison.items():
+        cells = ["-" if x is None else number(x["mean"], x["interval"]) for x in found.values()]
+        rows.append([label, found["end"]["runs"], *cells])
+    return markdown(["above the law of the baseline", "runs", "at equal H", "end - ceiling"], rows)
+
+
+def draw(groups, fitted):
+    """R against exp(H): pale steps, strong block means, the law of the labels in `fitted`, its 95% band.
+
+    groups: {label: [(H, R)]}; a label begins with the method. A curve covers the entropies of its own points.
+    """
+    with rc_context(plot.STYLE):
+        figure = Figure(figsize=(12, 8), layout="constrained")
         axis = figure.subplots()
-        H = []
-        for label, colour, seeds in shown:
-            for i, (h, r) in enumerate(points(steps, key) for steps in seeds):
-                H.append(h[h > 0])
-                axis.plot(h, r, ".", color=colour, alpha=0.25, markersize=3)
-                axis.plot(blocks(h.exp(), width).log(), blocks(r, width), "o", color=colour, alpha=0.7, markersize=5, label=None if i else label)
-        grid = torch.logspace(*(math.log10(x) for x in (torch.cat(H).min(), torch.cat(H).max())), 200, dtype=torch.float64)
-        for label, colour, a, b, curves in laws:
-            axis.plot(grid, -a * grid.exp() + b, color=colour, linewidth=2.5, label=label)
-            if curves is not None:
-                band = (curves[:, 1:] - curves[:, :1] * grid.exp()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
-                axis.fill_between(grid, *band, color=colour, alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel="policy entropy H, nats per token, logarithmic; training goes to the left",
-                 ylabel=f"R, {'sampled training accuracy' if key == 'reward' else key}, means of {width} steps",
-                 title="R = -a exp(H) + b")  # fmt: skip
-        axis.legend(fontsize=12)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
+        for label, runs in groups.items():
+            colour = plot.COLOURS.get(label.split(",")[0], "#888888")
+            H, R = pool(runs)
+            x, means = block_means([H.exp() for H, _ in runs]), block_means([R for _, R in runs])
+            axis.plot(H.exp(), R, ".", color=colour, alpha=0.12, markersize=4)
+            axis.plot(x, means, "o", color=colour, alpha=0.5, markersize=6, label=label)
+            if label in fitted:
+                law, (a, b) = fit_law(H, R), resample(runs)
+                x = torch.linspace(H.min().exp(), H.max().exp(), 100, dtype=torch.float64)
+                band = (b[:, None] - a[:, None] * x).quantile(ENDS, 0)
+                r2 = number(r_squared(runs, torch.exp))
+                name = f"R = -{law.a:.2f} exp(H) + {law.b:.2f}, R^2 {r2}"
+                axis.plot(x, law.b - law.a * x, color=colour, linewidth=3, label=name)
+                axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
+        axis.set(ylim=(0, 1), xlabel="exp(H), H = policy entropy, nats per token; training goes to the left",
+                 ylabel=f"R, means of {WIDTH} steps", title="Accuracy against entropy")  # fmt: skip
+        axis.legend()
+    return figure
+
+
+def read(run, key):
+    """(method, (H, R)) of a run directory. UserError names the run."""
+    config, steps = plot.read_run(run)
+    try:
+        return config["method"], points(steps, key)
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="entropy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m lab.law", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py")
-    parser.add_argument("--against", nargs="+", metavar="RUN", help="fit the law to these and say where the others lie")
-    parser.add_argument("--of", default="reward", metavar="KEY", help="R: a key of metrics.jsonl, such as accuracy_sampled (default reward)")
-    parser.add_argument("--smooth", type=int, default=5, metavar="STEPS", help="consecutive points of which a mean is taken (default 5)")
-    parser.add_argument("--out", metavar="DIR", help="where the picture of --against goes (default figures/)")
+    parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="runs of the baseline")
+    parser.add_argument("--of", default="reward", metavar="KEY", help="R in metrics.jsonl (default reward)")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default figures)")
     o = parser.parse_args(argv)
-    if o.smooth < 1:
-        parser.exit(2, "entropy.py: error: argument --smooth: takes a number of steps, 1 or more\n")
     try:
-        read = {run: plot.read_run(run) for run in [*o.runs, *(o.against or [])]}
-        for run, (_, steps) in read.items():
-            try:
-                points(steps, o.of)
-            except UserError as error:
-                raise UserError(f"{run} {error}") from None
-        (compare if o.against else fit_each)(read, o)
-    except UserError as error:
-        parser.exit(2, f"entropy.py: error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"entropy.py: error: {error.filename} cannot be written to: {error.strerror}\n")
-
-
-def fit_each(read, o):
-    """law.json and law.png into each run, and the tables."""
-    laws = {run: analyse(steps, o.of, o.smooth) for run, (_, steps) in read.items()}
-    for run, (config, steps) in read.items():
-        w, colour = laws[run], plot.colours([config["method"]])[config["method"]]
-        (Path(run) / "law.json").write_text(json.dumps(w, indent=1) + "\n")
-        curves = resample_steps(*points(steps, o.of), o.smooth)
-        label = f"a {w['a']:.2f}, b {w['b']:.2f}, R^2 {w['r2']:.2f}" if w["r2"] is not None else "R never changes"
-        draw(Path(run) / "law.png", [(Path(run).name, colour, [steps])], [(label, colour, w["a"], w["b"], curves)], o.smooth, o.of)
-    print(*tables(laws), sep="\n")
-
-
-def compare(read, o):
-    """law.json and law.png of runs against others into figures/, and the table."""
-    shown = plot.experiments([read[run] for run in o.runs])
-    others = [read[run][1] for run in o.against]
-    d = distances({label: seeds for _, label, seeds in shown}, others, o.of, o.smooth)
-    colour = plot.colours(method for method, *_ in shown)
-    base = read[o.against[0]][0]["method"]
-    out = Path(o.out or "figures")
-    draw(out / "law.png", [(f"{base}: the others", "#888888", others), *((label, colour[method], seeds) for method, label, seeds in shown)],
-         [(f"{base}: a {d['a']:.2f}, b {d['b']:.2f}", "#000000", d["a"], d["b"], d.pop("curves"))], o.smooth, o.of)  # fmt: skip
-    (out / "law.json").write_text(json.dumps(d, indent=1) + "\n")
-    print(*distance_table(d), out / "law.png", sep="\n")
+        found = {run: read(run, o.of) for run in [*o.against, *o.runs]}
+        groups, forecasts = {}, {}
+        for run, (method, (H, R)) in found.items():
+            label = f"{method}, baseline" if run in o.against else method
+            groups.setdefault(label, []).append((H, R))
+            forecasts[run] = [*(forecast(H, R, part) for part in EARLY), last_tenth(R).mean().item()]
+        fits = {run: fit([run_points]) for run, (_, run_points) in found.items()}
+        fits |= {f"all of {label}": fit(runs) for label, runs in groups.items() if len(runs) > 1}
+        data = {"of": o.of, "fits": fits, "forecasts": forecasts}
+        text = f"{law_table(fits)}\n{forecast_table(forecasts)}"
+        fitted = list(groups)
+        if o.against:
+            data["above"] = compare(groups, [found[run][1] for run in o.against])
+            text += "\n" + above_table(data["above"])
+            fitted = [label for label in groups if label.endswith("baseline")]
+        report(o.out, "law", text, data, draw(groups, fitted))
+    except (UserError, OSError) as error:
+        parser.exit(2, f"lab.law: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""Where the embedded base policy comes from: a supervised warm start, from nothing, in minutes.
+"""Where the embedded base policy comes from: supervised learning from random weights, in minutes.
 
-    python warmstart.py --out tiny
+    python -m lab.warmstart --out DIR        tiny/ was made with the defaults
 
-A base model is skilled, has habits, and slips. So is this one, in this order:
+A base model has skills, has habits, and makes slips. So does this one. It learns them in two phases:
 
-1. *Skills*: chains of thought by three strategies (precedence, the leftmost pair, any pair), without a mistake.
-2. *Habits*: nearly all chains join the leftmost pair. The rest joins any pair (`--wander`) or, rarer still,
-   respects precedence (`--share`). Besides, any result is a wrong digit with probability `--slip`. The mixture
-   goes over from phase 1's to this one gradually, in the first half of the phase, so that no skill is lost.
+1. *Skills*: chains of thought by three strategies (precedence, the leftmost pair, any pair), without a slip.
+2. *Habits*: nearly all chains join the leftmost pair. A few join any pair (`--wander`) or, still fewer,
+   respect precedence (`--share`). Each result is a wrong digit with probability `--slip`. The mixture changes
+   from that of phase 1 to this one gradually, in the first half of the phase, so that no skill is lost.
 
-Skill must come first: a base that begins the right strategy but can never carry it through earns no
-reward with it, and no method of reinforcement learning can find what is never rewarded. The shares are the
-knobs of the embedded task: they say how often the right strategy is tried, and how often some other one is.
-The result is an ordinary Hugging Face checkpoint folder: Qwen2 architecture, safetensors, tokenizer, chat template.
+Skills come first: a base policy that begins the right strategy but cannot carry it through earns no reward
+with it, and reinforcement learning does not find what is never rewarded. `--share` and `--wander` set how
+often the right strategy, or some other one, is tried. The result is an ordinary Hugging Face checkpoint
+folder: Qwen2 architecture, safetensors, tokenizer, chat template.
 """
 
 import argparse
 import math
 import random
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -31,7 +30,7 @@ SKILLS = 0.4, 0.4  # shares of the right strategy and of any pair in phase 1
 
 
 def make_tokenizer():
-    """Qwen2's kind of tokenizer with one token for each character, and one for `\\boxed{`; the chat template adds nothing."""
+    """A tokenizer of Qwen2's kind: one token per character and one for `\\boxed{`; an empty chat template."""
     tokenizer = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[],
         unk_token="<|pad|>", eos_token="<|endoftext|>", pad_token="<|pad|>",
@@ -42,12 +41,12 @@ def make_tokenizer():
 
 
 def make_model(hidden, layers, seed):
-    """A narrow Qwen2 with random weights, four heads and two of keys and values."""
+    """A narrow Qwen2 with random weights: four attention heads, two heads of keys and values."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(VOCABULARY) + 1, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        vocab_size=len(VOCABULARY) + 1, hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True)
@@ -55,14 +54,14 @@ def make_model(hidden, layers, seed):
 
 
 def example(rng, prompts, shares, slip):
-    """One (prompt, completion) of a mixture of strategies, whose shares are those of `correct` and `anywhere`."""
+    """One (prompt, completion) from a mixture of strategies; shares: those of `correct` and `anywhere`."""
     prompt, (right, wander) = rng.choice(prompts), shares
     strategy = rng.choices((correct, anywhere, leftmost), (right, wander, 1 - right - wander))[0]
     return prompt, chain_of_thought(prompt, strategy, slip, rng)
 
 
 def batch(rng, tokenizer, prompts, size, shares, slip):
-    """Token ids (B, T) and labels (B, T), -100 on prompt and padding; the end of sequence is learnt."""
+    """Token ids (B, T) and labels (B, T), -100 on prompt and padding; the end of sequence is a label."""
     rows = []
     for prompt, completion in (example(rng, prompts, shares, slip) for _ in range(size)):
         prompt, completion = (tokenizer(text)["input_ids"] for text in (prompt, completion))
@@ -73,49 +72,56 @@ def batch(rng, tokenizer, prompts, size, shares, slip):
     return ids, labels
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line():
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m lab.warmstart", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for name, kind, default, text in (
+        ("seed", int, 0, "seed of weights and data"),
+        ("hidden", int, 64, "hidden size"),
+        ("layers", int, 2, "layers"),
+        ("skill-steps", int, 2400, "steps of phase 1"),
+        ("habit-steps", int, 600, "steps of phase 2"),
+        ("batch", int, 128, "chains of thought per step"),
+        ("lr", float, 3e-3, "peak learning rate of AdamW, cosine to 0; a third of it in phase 2"),
+        ("share", float, 0.0005, "share of the right strategy in phase 2"),
+        ("wander", float, 0.01, "share of chains that join any pair in phase 2"),
+        ("slip", float, 0.2, "probability that a result is a wrong digit"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default {default})")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
-    parser.add_argument("--hidden", type=int, default=64, help="hidden size (default 64)")
-    parser.add_argument("--layers", type=int, default=2, help="layers (default 2)")
-    parser.add_argument("--skill-steps", type=int, default=2400, help="steps of phase 1 (default 2400)")
-    parser.add_argument("--habit-steps", type=int, default=600, help="steps of phase 2 (default 600)")
-    parser.add_argument("--skills", help="keep phase 1's policy in this folder, or start from it if it is there (default: neither)")
-    parser.add_argument("--batch", type=int, default=128, help="chains of thought a step (default 128)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW, cosine to 0 (default 3e-3)")
-    parser.add_argument("--share", type=float, default=0.0005, help="share of the right strategy in phase 2 (default 0.0005)")
-    parser.add_argument("--wander", type=float, default=0.01, help="share of chains that join any pair in phase 2 (default 0.01)")
-    parser.add_argument("--slip", type=float, default=0.2, help="probability that a step's result is a wrong digit (default 0.2)")
-    o = parser.parse_args()
+    return parser.parse_args()
 
+
+def train(model, tokenizer, prompts, phase, steps, peak, o):
+    """One phase: `steps` steps of supervised learning, in place."""
+    rng = random.Random(f"warmstart/{o.seed}/{phase}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    progress = tqdm(range(steps), desc=phase)
+    for step in progress:
+        cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, (step + 1) / 50) * cosine
+        fade = min(1.0, 2 * step / steps) if phase == "habits" else 0.0
+        shares = [a ** (1 - fade) * b**fade for a, b in zip(SKILLS, (o.share, o.wander))]  # geometrically
+        ids, labels = batch(rng, tokenizer, prompts, o.batch, shares, fade * o.slip)
+        logits = model(ids).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def main():
+    o = command_line()
     prompts = [prompt for prompt, _ in problems("warmstart", 40_000)]
     tokenizer, model = make_tokenizer(), make_model(o.hidden, o.layers, o.seed)
-    phases = {"skills": (o.skill_steps, o.lr), "habits": (o.habit_steps, o.lr / 3)}
-    if o.skills and Path(o.skills).is_dir():
-        model = Qwen2ForCausalLM.from_pretrained(o.skills)
-        del phases["skills"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    for phase, (steps, peak) in phases.items():
-        rng = random.Random(f"warmstart/{o.seed}/{phase}")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        progress = tqdm(range(steps), desc=phase)
-        for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-            fade = min(1.0, 2 * step / steps) if phase == "habits" else 0.0
-            shares = [a ** (1 - fade) * b**fade for a, b in zip(SKILLS, (o.share, o.wander))]  # geometrically
-            ids, labels = batch(rng, tokenizer, prompts, o.batch, shares, fade * o.slip)
-            logits = model(ids).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if step % 50 == 0:
-                progress.set_postfix(loss=f"{loss.item():.3f}")
-        if phase == "skills" and o.skills:
-            model.save_pretrained(o.skills)
+    train(model, tokenizer, prompts, "skills", o.skill_steps, o.lr, o)
+    train(model, tokenizer, prompts, "habits", o.habit_steps, o.lr / 3, o)
     model.save_pretrained(o.out)
     tokenizer.save_pretrained(o.out)
     print(f"wrote {o.out}")
