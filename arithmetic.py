@@ -93,7 +93,8 @@ def draw(split, rng, hard):
 
 
 def problems(split, count):
-    """The first `count` problems of a split as (prompt, answer), always the same ones; easy and hard ones alternate."""
+    """The first `count` problems of a split as (prompt, answer), always the same ones; easy and hard ones
+    alternate."""
     rng = random.Random(f"arithmetic/{split}")
     prompts = [draw(split, rng, hard=bool(i % 2)) for i in range(count)]
     return [(prompt, answer_of(prompt)) for prompt in prompts]
@@ -101,6 +102,7 @@ def problems(split, count):
 
 if __name__ == "__main__":
     for prompt, answer in problems("train", 8):
-        print(f"{prompt:11} right: {chain_of_thought(prompt, correct):35} habit: {chain_of_thought(prompt, leftmost)}")
+        right, habit = chain_of_thought(prompt, correct), chain_of_thought(prompt, leftmost)
+        print(f"{prompt:11} right: {right:35} habit: {habit}")
     hard = [answer_of(p, leftmost) != a for p, a in problems("heldout", 512)]
     print(f"\nthe habit fails on {sum(hard)} of {len(hard)} held-out problems")

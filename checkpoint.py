@@ -1,61 +1,208 @@
-"""Run directory: what a run leaves behind, and how it goes on after it was stopped.
+"""What a run leaves behind, and how it goes on after it was stopped.
 
-    config.json          every option as used, versions, git commit, what the problems were
+    config.json          every option as used, versions, git commit, digests of the problems
     metrics.jsonl        a line for each step            samples.jsonl    a few completions, token by token
-    checkpoint/step-N/   the last two: the policy as a Hugging Face folder, state.pt with the rest, and sums.json
+    checkpoint/step-N/   the last two: the policy as a Hugging Face folder, state.pt, and sums.json
     model/               the final policy                final.json, curves.png
 
-A checkpoint is written beside, as step-N.new, carried to the disk, and renamed; older ones are removed only then. So a
-run may be killed at any moment and the last whole checkpoint is there. `--resume` takes the latest whose sums are right,
-cuts the logs back to its step, and goes on: metrics.jsonl becomes what it would have been, to the digit on a CPU (the
-backward pass of a GPU's attention adds up in an order that changes).
+A checkpoint is written as step-N.new, carried to the disk, and renamed; older ones are removed only then. So
+a run may be killed at any moment. `--resume` takes the latest checkpoint whose checksums are right, cuts the
+logs back to its step, and goes on: metrics.jsonl becomes what it would have been, to the digit on a CPU. (The
+backward pass of a GPU's attention adds up in an order that changes.)
 
-All randomness follows from (seed, step, purpose), so there are no generator states to keep.
-Only rank 0 reads and writes the logs; with several nodes, --out is a folder that all of them see.
+All randomness follows from (seed, step, purpose), and all counters from metrics.jsonl, so a checkpoint holds
+neither. Only rank 0 reads and writes the logs. With several nodes, --out is a folder that all of them see.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
-import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 import transformers
 
-import losses
-import plot
-from parallel import collect_shards, world
 from data import UserError
+from parallel import world
 
 KEPT = 2  # checkpoints
-HELD = []  # the handle of the run directory's lock
-FREE = {  # options in which a run that goes on may differ: they change no line of metrics.jsonl (by more than rounding), or only its end
-    "resume", "overwrite", "out", "steps", "save_every", "max_hours", "stop_when_entropy", "micro_batch", "sample_batch", "shard_optimizer", "final_samples",
-    "gradient_checkpointing", "profile",
-}  # fmt: skip
+FREE = {  # options that may differ when a run goes on: they change metrics.jsonl by rounding, or only its end
+    "resume", "overwrite", "out", "steps", "save_every", "max_hours", "micro_batch", "sample_batch",
+    "shard_optimizer", "final_samples", "gradient_checkpointing",
+}
+
+# ---------------------------------------------------------------- what is logged
+
+
+def stopwatch(*names):
+    """Seconds of each name, and lap(name), which adds the time since the last lap."""
+    seconds, last = dict.fromkeys(names, 0.0), [time.perf_counter()]
+
+    def lap(name):
+        now = time.perf_counter()
+        seconds[name] += now - last[0]
+        last[0] = now
+
+    return seconds, lap
+
+
+def summary(batches, logs, eos_ids, o):
+    """The figures of a step: sums over counts, never means of means; None where there was nothing.
+
+    batches: all of the step, also those that --filter-groups drops; they are what reward, entropy, lengths
+    and no_signal are over. logs: one for each update.
+    """
+    completions = [c for batch in batches for c in batch.completions]
+    rewards = torch.cat([batch.rewards for batch in batches])
+    groups = rewards.view(-1, o.samples)
+    no_signal = (groups.amax(1) == groups.amin(1)).sum().item()
+    tokens = sum(map(len, completions))
+    by_sequence = [(batch.entropy1.sum(1) / batch.mask.sum(1)).sum().item() for batch in batches]
+    metrics = {
+        "reward": rewards.mean().item(),
+        "entropy": sum(batch.entropy1.sum().item() for batch in batches) / tokens,
+        "entropy_seq": sum(by_sequence) / len(completions),
+        "completion_length": tokens / len(completions),
+        "truncated": sum(c[-1] not in eos_ids for c in completions) / len(completions),
+        "no_signal": no_signal / len(groups),
+        "tokens": tokens,
+        "updates": len(logs),
+        "skipped": sum(not log["finite"] for log in logs),
+        "ratio_max": max((log["ratio_max"] for log in logs), default=None),
+    }
+    trained = sum(log["tokens"] for log in logs)
+    for key, name in (("covariance", "covariance"), ("selected", "selected"), ("clip_fraction", "clipped")):
+        metrics[key] = sum(log[name] for log in logs) / trained if logs else None
+    for key in ("loss", "grad_norm"):
+        metrics[key] = sum(log[key] for log in logs) / len(logs) if logs else None
+    if o.temperature != 1:
+        metrics["entropy_sampling"] = sum(batch.entropy.sum().item() for batch in batches) / tokens
+    if o.filter_groups:
+        metrics |= {"rounds": len(groups) // o.prompts, "filtered": no_signal}
+    return metrics
+
+
+def sample_lines(tokenizer, batch, t, loss, number, count=8):
+    """Some completions of a mini-batch, of different problems, token by token, with what the method saw."""
+    lines = []
+    for i in range(0, len(batch.completions), -(-len(batch.completions) // count)):
+        n = len(batch.completions[i])
+        row = lambda x: [float(f"{v:.4g}") for v in x[i, :n].tolist()]
+        lines.append({
+            "step": number,
+            "prompt": tokenizer.decode(batch.prompts[i]),
+            "completion": batch.texts[i],
+            "reward": batch.rewards[i].item(),
+            "tokens": tokenizer.batch_decode([[y] for y in batch.completions[i]]),
+            "entropy": row(batch.entropy),
+            "covariance": row(t.covariance),
+            "advantage": row(t.advantages),
+            "selected": [] if loss.selected is None else loss.selected[i, :n].nonzero()[:, 0].tolist(),
+        })
+    return lines
+
+
+def plain(value):
+    """The value with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(out, metrics, samples):
+    """Adds a line to metrics.jsonl and lines to samples.jsonl."""
+    for name, lines in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+        with open(Path(out, name), "a") as file:
+            file.writelines(json.dumps(plain(line)) + "\n" for line in lines)
+
+
+# ---------------------------------------------------------------- the run directory
 
 
 def describe(o, problems, held_out):
-    """config.json: every option as used, versions, the git commit if there is one, and digests of the problems."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    """config.json: every option as used, versions, the git commit if there is one, and digests of the
+    problems.
+
+    problems, held_out: [(prompt ids, answer), ...]. Ids, not texts, for a chat template may hold today's
+    date.
+    """
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-    content = {"data": digest(problems), "eval_data": digest(held_out)}
-    return vars(o) | {"processes": world()[1], "versions": versions, "commit": git.stdout.strip() or None, "content": content}
+    return vars(o) | {
+        "processes": world()[1],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "commit": git.stdout.strip() or None,
+        "content": {"data": digest(problems), "eval_data": digest(held_out)},
+    }
 
 
-def write(path, text):
-    """A small file, whole or not at all."""
+def write_json(path, value):
+    """A small JSON file, written whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_text(json.dumps(value, indent=1))
     new.replace(path)
+
+
+def lock(out):
+    """Keeps other processes out of the run directory as long as the file returned is open. UserError if one
+    is there.
+
+    torchrun's processes may outlive a torchrun that was killed.
+    """
+    file = open(out / "metrics.jsonl", "a")  # by this file a directory is known to be a run's
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out: another process is at work in {out}") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def begin(config, lines=0):
+    """An empty run directory. config.json is removed first and written last: without it nothing has been done
+    yet.
+
+    Returns the lock.
+    """
+    out = Path(config["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out)
+    (out / "config.json").unlink(missing_ok=True)
+    for path in out.iterdir():
+        if path.name != "metrics.jsonl":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    os.truncate(out / "metrics.jsonl", 0)
+    write_json(out / "config.json", config)
+    return held
+
+
+# ---------------------------------------------------------------- saving
+
+
+def parts(policy):
+    """What a checkpoint holds beside the model: {name: something with a state_dict}."""
+    own = {"optimizer": policy.optimizer}
+    if policy.prm:
+        own |= {"prm": policy.prm.model, "prm_optimizer": policy.prm.optimizer}
+    return own
+
+
+def checksum(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path):
@@ -65,109 +212,65 @@ def sync(path):
     os.close(handle)
 
 
-def take(out):
-    """Keeps other processes out of a run directory until `release`, or the end of this process. Raises UserError if one is at work there
-    (torchrun's processes, for one, outlive a torchrun that was killed)."""
-    if HELD:
-        return
-    HELD.append(os.open(out / "metrics.jsonl", os.O_RDWR | os.O_CREAT))  # by this file a directory is known to be a run's
-    try:
-        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        release()
-        raise UserError(f"--out: another process is at work in {out}") from None
-    except OSError:
-        pass  # a file system without locks
-
-
-def release():
-    """Lets others in."""
-    while HELD:
-        os.close(HELD.pop())
-
-
-def begin(config):
-    """An empty run directory. config.json leaves first and comes last: where it is missing, nothing has been done yet."""
-    out = Path(config["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    take(out)
-    if (out / "metrics.jsonl").stat().st_size and not (config["resume"] or config["overwrite"]):
-        raise UserError(f"--out: another process has begun a run in {out} meanwhile")
-    (out / "metrics.jsonl").write_text("")
-    (out / "config.json").unlink(missing_ok=True)
-    for path in out.iterdir():
-        if path.name != "metrics.jsonl":
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write(out / "config.json", json.dumps(config, indent=1))
-
-
-# ---------------------------------------------------------------- saving
-
-
-def checksum(path):
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def whole_or_none(folder):
-    """Removes the folder that is written within if that fails, and raises OSError: a full disk has many names, among them
-    OSError, SafetensorError, torch's RuntimeError and tokenizers' Exception."""
+    """Removes the folder if what is written within fails, and raises OSError: libraries call a full disk many
+    names."""
     try:
         yield
     except Exception as error:
         free = shutil.disk_usage(folder.parent).free / 2**20
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"{folder}: {(str(error) or type(error).__name__).splitlines()[0]}; {free:.1f} MiB were free there") from error
+        what = str(error).strip() or type(error).__name__
+        raise OSError(f"{folder}: {what.splitlines()[0]}; {free:.1f} MiB were free there") from error
+
+
+def save_model(policy, folder):
+    """The policy as a Hugging Face folder, whole or not at all."""
+    with whole_or_none(folder):
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
 
 
 def save(policy, number, o):
-    """checkpoint/step-NUMBER: all that the next step needs. Called by all processes. Raises OSError if it cannot be written."""
-    for part in policy.kept.values():
-        if hasattr(part, "optim"):  # sharded: rank 0 collects what the others keep
-            collect_shards(part)
+    """checkpoint/step-NUMBER: all that the next step needs. Called by all processes. OSError if it cannot be
+    written."""
+    for part in parts(policy).values():
+        if hasattr(part, "consolidate_state_dict"):  # sharded: rank 0 collects the state of all
+            part.consolidate_state_dict(to=0)
     if world()[0] > 0:
         return
-    out, folder = Path(o.out), Path(o.out) / "checkpoint" / f"step-{number}"
+    folder = Path(o.out, "checkpoint", f"step-{number}")
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
+    save_model(policy, new)
     with whole_or_none(new):
-        write_checkpoint(policy, number, new)
-        for log in ("metrics.jsonl", "samples.jsonl"):
-            sync(out / log)
+        torch.save({name: part.state_dict() for name, part in parts(policy).items()}, new / "state.pt")
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(new)): checksum(path) for path in files}
+        write_json(new / "sums.json", sums)
+        logs = [Path(o.out, "metrics.jsonl"), Path(o.out, "samples.jsonl")]
+        for path in [*files, new / "sums.json", new, *logs]:
+            sync(path)
     shutil.rmtree(folder, ignore_errors=True)  # of this step there can only be a damaged one
     new.rename(folder)
     sync(folder.parent)
-    prune(out, number)
-
-
-def prune(out, last):
-    """Removes all but the last finished checkpoints up to step `last`."""
-    for old in set((out / "checkpoint").iterdir()) - set(checkpoints(out, last)[:KEPT]):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_checkpoint(policy, number, folder):
-    """The files of a checkpoint and their sums, all of them on the disk when this returns."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    state = {"step": number, "rounds": policy.rounds, "bad_updates": policy.bad_updates} | {name: part.state_dict() for name, part in policy.kept.items()}
-    torch.save(state, folder / "state.pt")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    (folder / "sums.json").write_text(json.dumps({str(path.relative_to(folder)): checksum(path) for path in files}, indent=1))
-    for path in [*files, folder / "sums.json", folder]:
-        sync(path)
-
-
-# ---------------------------------------------------------------- going on
+    prune(o.out, number)
 
 
 def checkpoints(out, last=sys.maxsize):
     """Folders of finished checkpoints up to step `last`, whole or damaged, the latest first."""
-    number = lambda path: int(path.name.removeprefix("step-")) if path.name.removeprefix("step-").isdecimal() else -1
-    found = [path for path in Path(out, "checkpoint").glob("*") if path.suffix != ".new" and number(path) <= last]
-    return sorted(found, key=number, reverse=True)
+    found = [(int(p.name[5:]), p) for p in Path(out, "checkpoint").glob("step-*") if p.name[5:].isdecimal()]
+    return [path for number, path in sorted(found, reverse=True) if number <= last]
+
+
+def prune(out, last):
+    """Removes all but the last finished checkpoints up to step `last`."""
+    for old in set(Path(out, "checkpoint").iterdir()) - set(checkpoints(out, last)[:KEPT]):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- going on
 
 
 def damage(folder):
@@ -177,34 +280,32 @@ def damage(folder):
         for name, expected in {"state.pt": None, **sums}.items():
             if checksum(folder / name) != expected:
                 return f"the checksum of {name} is wrong"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{getattr(error, 'filename', None) or 'sums.json'} cannot be read"
     return None
 
 
 def find(o):
-    """(checkpoint to go on from, metrics up to it); (None, []) for a new run and for one that was stopped before its first.
+    """(checkpoint to go on from, metrics up to it); (None, []) for a new run and for one that has none yet.
 
-    Raises UserError if no checkpoint is whole, a log lacks steps, or options would change the run. Writes nothing.
+    Raises UserError if no checkpoint is whole, a log lacks steps, or options would change the run. Writes
+    nothing.
     """
     out = Path(o.out)
-    if (out / "metrics.jsonl").exists():
-        take(out)
     if not o.resume or not (out / "config.json").exists():
         return None, []
     refuse_changes(out, o)
-    damaged = 0
-    for folder in checkpoints(out):
+    found = checkpoints(out)
+    for folder in found:
         if fault := damage(folder):
-            print(f"train.py: warning: {folder} is damaged ({fault}); the checkpoint before it is used", file=sys.stderr)
-            damaged += 1
+            print(f"train.py: warning: {folder} is damaged ({fault}); taking the one before", file=sys.stderr)
             continue
-        done = int(folder.name.removeprefix("step-"))
-        lines, _ = read_log(out / "metrics.jsonl", done)
-        if [line["step"] for line in lines if "entropy" in line] != list(range(1, done + 1)):
-            raise UserError(f"--resume: {out}/metrics.jsonl does not hold the figures of steps 1 to {done} of {folder}; begin anew with --overwrite")
+        done = int(folder.name[5:])
+        lines = read_log(out / "metrics.jsonl", done)[0]
+        if [line["step"] for line in lines] != list(range(1, done + 1)):
+            raise UserError(f"--resume: {out}/metrics.jsonl lacks steps; begin anew with --overwrite")
         return folder, lines
-    if damaged:
+    if found:
         raise UserError(f"--resume: no checkpoint in {out}/checkpoint is whole; begin anew with --overwrite")
     return None, []
 
@@ -213,15 +314,15 @@ def refuse_changes(out, o):
     """Raises UserError where an option would make another run of the one that --out holds."""
     try:
         old = json.loads((out / "config.json").read_text())
-        steps, _ = int(old["steps"]), dict(old["content"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        steps = int(old["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--resume: {out}/config.json cannot be read; begin anew with --overwrite") from None
-    option = lambda name: "--" + name.replace("_", "-")
-    changed = [f"{option(name)} {old[name]}, not {value}" for name, value in vars(o).items() if name not in FREE and old.get(name, value) != value]
+    changed = [f"--{name.replace('_', '-')} {old[name]}, not {value}"
+               for name, value in vars(o).items() if name not in FREE and old.get(name, value) != value]
     if changed:
-        raise UserError(f"--resume: the run in {out} has {'; '.join(changed)}: give what it has, or begin another run")
+        raise UserError(f"--resume: {out} has {'; '.join(changed)}: give what it has, or begin another run")
     if o.steps < steps:
-        raise UserError(f"--resume: the run in {out} has --steps {steps}, which may grow, not shrink to {o.steps}")
+        raise UserError(f"--resume: {out} has --steps {steps}, which may grow, not shrink to {o.steps}")
 
 
 def read_log(path, last):
@@ -229,10 +330,10 @@ def read_log(path, last):
     lines, size = [], 0
     for line in open(path, "rb") if path.exists() else ():
         try:
-            row = json.loads(line) if line.endswith(b"\n") else {"step": sys.maxsize}
-            if row["step"] > last:
+            row = json.loads(line)
+            if not line.endswith(b"\n") or row["step"] > last:
                 break
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             break
         lines.append(row)
         size += len(line)
@@ -240,52 +341,32 @@ def read_log(path, last):
 
 
 def go_on(config, done):
-    """The logs cut back to step `done`, in place, and config.json brought up to date."""
+    """The logs cut back to step `done`, in place, and config.json brought up to date. Returns the lock."""
     out = Path(config["out"])
+    held = lock(out)
     old = json.loads((out / "config.json").read_text())
     for name, digest in config["content"].items():
         if old["content"].get(name) != digest:
-            raise UserError(f"--resume: the problems of --{name.replace('_', '-')} are not those that the run in {out} began with")
+            option = name.replace("_", "-")
+            raise UserError(f"--resume: the prompts of --{option} are not those that {out} began with")
     for log in ("metrics.jsonl", "samples.jsonl"):
         if (out / log).exists():
             os.truncate(out / log, read_log(out / log, done)[1])
     prune(out, done)  # a kill may have come before the older ones were removed
-    write(out / "config.json", json.dumps(config, indent=1))
+    write_json(out / "config.json", config)
+    return held
 
 
 def restore(policy, folder):
-    """State of a checkpoint's optimizer, and of all else in policy.kept. Raises UserError if it is not that of this policy."""
+    """The state of all `parts` from a checkpoint. Raises UserError if it is not that of this policy."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        policy.rounds, policy.bad_updates = state["rounds"], state["bad_updates"]
-        for name, part in policy.kept.items():
+        for name, part in parts(policy).items():
             part.load_state_dict(state[name])
-            for p, moments in getattr(part, "optim", part).state.items() if hasattr(part, "param_groups") else ():
-                moments["step"] = moments["step"].to(p.device)  # the sharded optimizer leaves it on the CPU, fused AdamW wants it here
+            for p, moments in getattr(part, "state", {}).items():
+                moments["step"] = moments["step"].to(p.device)  # fused AdamW wants it there
                 if moments["exp_avg"].shape != p.shape:
                     raise ValueError("moments of another shape")
-            if hasattr(part, "optim"):
-                part.state.clear()  # sharded: the same again, on the GPU as well
-    except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        what = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--resume: {folder}/state.pt is not the state of this run ({what}); begin anew with --overwrite") from error
-
-
-# ---------------------------------------------------------------- the end
-
-
-def conclude(policy, greedy, sampled, first, last, seconds, o):
-    """model/, curves.png, final.json, and the line that says what happened. greedy, sampled: eval.summary of the final policy."""
-    out = Path(o.out)
-    with whole_or_none(out / "model"):
-        policy.model.save_pretrained(out / "model")
-        policy.tokenizer.save_pretrained(out / "model")
-    plot.curves([out], out / "curves.png")
-    final = {"accuracy": greedy["accuracy"], "accuracy_sampled": sampled["accuracy"], "pass_at": sampled["pass"]}
-    write(out / "final.json", json.dumps(final, indent=1))  # last: by this a run is known to be over
-    others = " or ".join(m for m in losses.METHODS if m != o.method)
-    entropy = " -> ".join("undefined" if x["entropy"] is None else f"{x['entropy']:.3f}" for x in (first, last))
-    print(f"{o.method}, {last['step']} steps in {seconds:.0f} s: entropy {entropy} nats, "
-          f"held-out accuracy {first['accuracy']:.1%} -> {final['accuracy']:.1%} (sampled {final['accuracy_sampled']:.1%}, "
-          f"pass@{o.final_samples} {final['pass_at'][str(o.final_samples)]:.1%}). See {out}/curves.png. Next: --method {others}, "
-          f"then python plot.py {out.parent}/*")  # fmt: skip
+    except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--resume: {folder} does not fit ({what}); begin anew with --overwrite") from error

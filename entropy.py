@@ -4,13 +4,13 @@
     H(P, Q)   = -sum_a p(a) log q(a)              cross-entropy
     KL(P||Q)  =  sum_a p(a) log(p(a) / q(a))      so H(P, Q) = H(P) + KL(P||Q)
 
-The entropy of a policy at a token is that of the full softmax it was sampled from, not -log p of the
-token that happened to be drawn. Along a run of reinforcement learning, accuracy R and policy entropy
-H obey, by arXiv 2505.22617 section 2, the law
+The entropy of a policy at a token is that of the full softmax, not -log p of the token that was sampled.
+Along a run of reinforcement learning, accuracy R and policy entropy H obey, by arXiv 2505.22617 section 2,
+the law
 
     R = -a exp(H) + b
 
-so that the accuracy is bought with entropy, and what can be bought at most, at H = 0, is -a + b.
+so accuracy is bought with entropy, and the ceiling, reached when H = 0, is -a + b.
 
     python entropy.py       entropy of a few distributions; the law, fitted to points that obey it
 """
@@ -24,8 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 def entropy(logits):
     """H(P) of softmax(logits) over the last dimension, in nats: (..., V) -> (...,)."""
-    logp = torch.log_softmax(logits, -1)
-    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)  # 0 log 0 = 0, in the gradient too
+    return entropy_of(torch.log_softmax(logits, -1))
+
+
+def entropy_of(logp):
+    """The same from log-probabilities (..., V). 0 log 0 = 0, in the gradient too: -inf is clamped, not
+    masked."""
+    return (logp.exp() * -logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
 
 def cross_entropy(p_logits, q_logits):
@@ -54,11 +59,12 @@ def log_softmax_of(hidden, head, temperature):
 def logp_and_entropy_of(hidden, head, tokens, temperature):
     """Log-probability of `tokens` (N,) and entropy, from hidden states (N, D): (2, N)."""
     logp = log_softmax_of(hidden, head, temperature)
-    return torch.stack((logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)))
+    return torch.stack((logp.gather(-1, tokens[:, None])[:, 0], entropy_of(logp)))
 
 
 def states(model, prompts, completions):
-    """Of all N completion tokens: the hidden states that predict them (N, D), the tokens, and where they stand: (N,) each, row and column."""
+    """Of all N completion tokens: the hidden states that predict them (N, D), the tokens, their rows and
+    columns, (N,) each."""
     device = model.device
     rows = [p + c for p, c in zip(prompts, completions)]
     width = max(map(len, rows))
@@ -104,10 +110,11 @@ def score(model, prompts, completions, temperature=1.0):
 
 
 def backward(model, prompts, completions, dlogp, dentropy, temperature=1.0):
-    """Adds to the gradients of the model what `score` and autograd would, for known dL/dlogp and dL/dH, both (B, T).
+    """Adds to the gradients of the model what `score` and autograd would, for known dL/dlogp and dL/dH, both
+    (B, T).
 
-    Since they are known, each chunk goes back to the hidden states as soon as it has been computed, and is computed only once;
-    entropies only if there is a gradient for them.
+    Since they are known, the backward pass of each chunk follows its forward pass at once, and no chunk is
+    computed twice. Entropies are left out if there is no gradient for them.
     """
     hidden, tokens, b, t = states(model, prompts, completions)
     head, chunk = chunks(model)
@@ -152,7 +159,7 @@ def fit_law(entropy, performance):
     x = torch.as_tensor(entropy, dtype=torch.float64).exp()
     R = torch.as_tensor(performance, dtype=torch.float64)
     if len(x) != len(R) or len(x) < 2 or x.max() == x.min():
-        raise ValueError(f"a fit needs two or more points of different entropy, got {len(x)} and {len(R)} values")
+        raise ValueError(f"a fit needs two or more different entropies, got {len(x)} and {len(R)} values")
     dx, dR = x - x.mean(), R - R.mean()
     a = -(dx * dR).sum() / (dx * dx).sum()
     b = R.mean() + a * x.mean()
@@ -176,8 +183,9 @@ def main():
     generator = torch.Generator().manual_seed(0)
     R = -0.2 * H.exp() + 0.8 + 0.01 * torch.randn(24, generator=generator, dtype=torch.float64)
     whole, early = fit_law(H, R), fit_law(H[:9], R[:9])
-    print(f"\n24 points of R = -0.2 exp(H) + 0.8 with noise 0.01: a {whole.a:.3f}, b {whole.b:.3f}, R^2 {whole.r2:.3f}")
-    print(f"the first 9 alone (H above {H[8]:.2f}) foretell the ceiling {early.ceiling:.3f}; it is {whole.ceiling:.3f}")
+    print("\n24 points of R = -0.2 exp(H) + 0.8 with noise 0.01")
+    print(f"the fit: a {whole.a:.3f}, b {whole.b:.3f}, R^2 {whole.r2:.3f}, ceiling {whole.ceiling:.3f}")
+    print(f"the first 9 points alone, H above {H[8]:.2f}, predict the ceiling {early.ceiling:.3f}")
 
 
 if __name__ == "__main__":

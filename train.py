@@ -1,127 +1,157 @@
-"""Reinforcement learning with verifiable rewards, and what its entropy does meanwhile.
+"""Reinforcement learning with verifiable rewards, and what the policy's entropy does meanwhile.
 
-    python train.py --method kl_cov                          the embedded policy on the embedded task, minutes on a CPU
+    python train.py --method kl_cov                          the embedded policy and task, minutes on a CPU
     python train.py --method grpo --model Qwen/Qwen2.5-0.5B --data dapo_math_17k --eval-data math500
     torchrun --nproc_per_node=8 train.py ...                 the same on eight GPUs
 
 One step, in this order: problems -> rollout -> reward -> advantages -> old log-probs and entropy ->
 for each mini-batch: covariance -> selection -> loss -> update -> log.
-
-Selection, means and gradients are exact, whatever the micro-batches and processes: parallel.py says how.
 """
 
-import argparse
 import copy
-import hashlib
-import json
 import math
-import os
+import signal
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import data
-import eval as evaluation
 import losses
+import parallel
 import reward
 import rollout
-from lab import theorem
-from checkpoint import begin, conclude, describe, find, go_on, release, restore, save
-from metrics import recorder, sample_lines, stopwatch, summary
-from options import options
-from parallel import adamw, backward, gather, keep_apart, leader, recompute, score, score_each, share, together, world
-from rollout import context, load_policy
-from prime import process_model, process_rewards
-from watch import count_bad, ending, entropy_is_spent, interruption, plain, remarks, signals
 from data import UserError
+from options import options, say
+from parallel import leader, share, together, world
 
 ROUNDS = 10  # of sampling in a step at most, with --filter-groups: as published in arXiv 2505.22617
+BAD_UPDATES = 10  # skipped in a row, after which a run stops
+
+
+class Broken(RuntimeError):
+    """A run that cannot usefully go on; its text is one line for the user."""
+
+
+@dataclass
+class Policy:
+    """The model that is trained, and what goes with it."""
+
+    model: torch.nn.Module
+    sampler: torch.nn.Module  # what rollouts are drawn from: the model itself, or on a GPU its copy in bf16
+    tokenizer: Any
+    eos_ids: set
+    optimizer: torch.optim.Optimizer
+    reference: torch.nn.Module | None = None  # the starting policy, for losses.NEED_REFERENCE
+    prm: Any = None  # prime.py's process reward model
+
+
+@dataclass
+class Group:
+    """The completions of one problem, their texts and their rewards: G of each."""
+
+    prompt: list
+    completions: list
+    texts: list
+    rewards: list
+
+
+@dataclass
+class Batch:
+    """A mini-batch of B completions of up to T tokens. Tensors are (B, T), rewards (B,)."""
+
+    prompts: list  # B lists of token ids
+    completions: list
+    texts: list
+    rewards: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    old_logp: torch.Tensor | None = None  # under the policy that sampled, like the two entropies
+    entropy: torch.Tensor | None = None  # nats, at the sampling temperature
+    entropy1: torch.Tensor | None = None  # nats, at temperature 1
+    ref_logp: torch.Tensor | None = None
+
 
 # ---------------------------------------------------------------- one step
 
 
-def sampling_copy(model, o):
-    """What rollouts are drawn from: on a GPU a copy with weights in bf16, for reading them is what takes the time; else the model."""
-    if o.device != "cuda":
-        return model
-    sampler = copy.deepcopy(model)
-    for p in sampler.parameters():  # not sampler.bfloat16(): the frequencies of the rotary embedding are a buffer and stay in fp32
-        p.data = p.data.bfloat16()
-    return sampler
+def step(policy, problems, number, o):
+    """One step, from problems (prompt ids, answer) to an updated policy.
 
+    Returns a line of metrics.jsonl and some lines of samples.jsonl, as dicts.
+    """
+    seconds, lap = checkpoint.stopwatch("sample", "reward", "score", "update")
+    groups, dropped = collect(policy, problems, number, o, lap)
+    rollout.release(policy.sampler)
 
-def refresh(sampler, model):
-    """The sampler's weights become the model's, in place."""
-    if sampler is not model:
-        torch._foreach_copy_([p.data for p in sampler.parameters()], [p.data for p in model.parameters()])
+    rewards = torch.tensor([g.rewards for g in groups]).view(-1, o.samples)  # (P, G)
+    lengths = torch.tensor([[len(c) for c in g.completions] for g in groups]).view(-1, o.samples)
+    advantages = losses.group_advantages(rewards, o.advantage, lengths=lengths) if groups else rewards
+    lap("reward")
 
+    batches = mini_batches(policy, groups, advantages, o)
+    others = mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o)  # the entropy is over all
+    if policy.reference:
+        scores = parallel.score_each(policy.reference, batches, o.temperature, o)
+        for batch, (logp, _) in zip(batches, scores):
+            batch.ref_logp = logp
+    extra = policy.prm.step(batches, o) if policy.prm and batches else {}
+    lap("score")
 
-def update(policy, batch, generator, first, o):
-    """One mini-batch: covariance -> selection -> loss -> update. Returns its Tokens and what is logged, as sums and counts."""
-    logp, entropy = score(policy.model, batch, o.temperature, o)
-    if first and not torch.equal(logp.nan_to_num(), batch["old_logp"].nan_to_num()):  # a policy of NaN is another matter: skipped below
-        raise RuntimeError("the first ratio is not exactly 1: old and new log-probs come from different computations")
-    t = losses.Tokens(logp.requires_grad_(), batch["old_logp"], batch["advantages"], batch["mask"], entropy.requires_grad_(), generator,
-                      old_entropy=batch["entropy"], ref_logp=batch.get("ref_logp"))  # fmt: skip
-    token_loss = losses.METHODS[o.method](t, o)
-    loss = losses.aggregate(token_loss, t.kept, t.kept.sum())
-    dlogp, dentropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True, materialize_grads=True)
+    updates = []
+    strength = max(0.0, 1 - (number - 1) / o.anneal) if o.anneal else 1.0
+    for n in range(o.passes * len(batches)):
+        choice = generator(o, f"{number}.{n}", "select")
+        updates.append(update(policy, batches[n % len(batches)], choice, strength, n == 0, o))
 
-    policy.optimizer.zero_grad(set_to_none=True)
-    backward(policy.model, batch, dlogp, dentropy, o)
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), o.grad_clip)
-    finite = bool(torch.isfinite(norm) and torch.isfinite(loss))
-    if finite and norm > 0:  # without a signal AdamW would still move, by its momentum
-        policy.optimizer.step()
-    number = lambda x: 0 if x is None else x.sum().item()
-    return t, {
-        "tokens": number(t.mask), "covariance": number(t.covariance), "selected": number(t.selected), "clipped": number(t.clipped),
-        "ratio_max": t.ratio[t.mask].max().item(), "loss": loss.item(), "grad_norm": norm.item(), "finite": finite,
-    }  # fmt: skip
+    logs = [log for *_, log in updates]
+    metrics = {"step": number} | checkpoint.summary(batches + others, logs, policy.eos_ids, o)
+    metrics |= extra | {"lr": policy.optimizer.param_groups[0]["lr"], "strength": strength}
+    samples = []
+    if batches:
+        t, loss, _ = updates[0]
+        samples = checkpoint.sample_lines(policy.tokenizer, batches[0], t, loss, number)
+    lap("update")
+    return metrics | {"seconds": seconds | {"total": sum(seconds.values())}}, samples
 
 
 def generator(o, step, purpose):
-    """A CPU generator for one purpose in one step: all randomness follows from (seed, step, purpose), so resuming needs no state."""
-    digest = hashlib.sha256(f"{o.seed}/{step}/{purpose}".encode()).digest()
+    """A CPU generator. All randomness follows from (seed, step, purpose), so a resumed run needs no saved
+    state."""
+    digest = sha256(f"{o.seed}/{step}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def problems_of_step(problems, number, o):
-    """The problems of round 1, 2, ...: all in random order, then all in another random order, and so on.
+def problems_of_step(problems, rounds, o):
+    """The problems of a step after so many rounds of o.prompts problems: all in random order, then in
+    another, and so on.
 
-    A step is a round, unless --filter-groups makes it ask for more: then this holds the problems of the ROUNDS that it may take.
+    A step is one round, or with --filter-groups up to ROUNDS of them.
     """
-    first, count = (number - 1) * o.prompts, o.prompts * (ROUNDS if o.filter_groups else 1)
-    epochs = range(first // len(problems), (first + count - 1) // len(problems) + 1)
-    order = [i for e in epochs for i in torch.randperm(len(problems), generator=generator(o, e, "order")).tolist()]
-    start = first - epochs[0] * len(problems)
-    return [problems[i] for i in order[start : start + count]]
-
-
-def draw_rollouts(policy, prompts, number, o):
-    """o.samples completions of each prompt. The random numbers belong to prompt and sample, whichever process draws them."""
-    noise = rollout.uniforms(len(prompts), o.samples, o.max_new_tokens, generator(o, number, "sample"))
-    refresh(policy.sampler, policy.model)
-
-    def mine(prompts, noise):
-        at_once = max(1, o.sample_batch // o.samples)
-        parts = [(prompts[i : i + at_once], torch.stack(noise[i : i + at_once])) for i in range(0, len(prompts), at_once)]
-        return [group for some, u in parts
-                for group in rollout.sample(policy.sampler, some, o.samples, o.max_new_tokens, o.temperature, policy.eos_ids, noise=u)]  # fmt: skip
-
-    return [completion for group in share(mine, prompts, list(noise)) for completion in group]
+    first, count = rounds * o.prompts, o.prompts * (ROUNDS if o.filter_groups else 1)
+    chosen, order = [], {}
+    for i in range(first, first + count):
+        epoch, place = divmod(i, len(problems))
+        if epoch not in order:
+            order[epoch] = torch.randperm(len(problems), generator=generator(o, epoch, "order")).tolist()
+        chosen.append(problems[order[epoch][place]])
+    return chosen
 
 
 def collect(policy, problems, number, o, lap):
-    """The groups of a step: those that are trained on, and those that are dropped.
+    """The groups of a step: (those that are trained on, those that are dropped).
 
-    A group is a problem's prompt, its o.samples completions, their texts and rewards. All groups of one round of o.prompts
-    problems are kept. With --filter-groups (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2) a group is kept if its
-    rewards are not all equal, and rounds follow until there are o.prompts of them or `problems` is at its end.
+    Without --filter-groups all groups of one round are kept. With it (dynamic sampling, DAPO, arXiv
+    2503.14476, section 3.2) a group is kept if its rewards differ, and rounds follow until o.prompts groups
+    are kept.
     """
     kept, dropped = [], []
     for r in range(0, len(problems), o.prompts):
@@ -132,201 +162,296 @@ def collect(policy, problems, number, o, lap):
         rewards = share(reward.grade_all, texts, [answer for answer in answers for _ in range(o.samples)])
         lap("reward")
         for i, prompt in enumerate(prompts):
-            s = slice(i * o.samples, (i + 1) * o.samples)
-            keep = len(kept) < o.prompts and not (o.filter_groups and min(rewards[s]) == max(rewards[s]))
-            (kept if keep else dropped).append({"prompt": prompt, "completions": completions[s], "texts": texts[s], "rewards": rewards[s]})
+            own = slice(i * o.samples, (i + 1) * o.samples)
+            group = Group(prompt, completions[own], texts[own], rewards[own])
+            useful = min(group.rewards) < max(group.rewards) or not o.filter_groups
+            (kept if useful and len(kept) < o.prompts else dropped).append(group)
         if len(kept) == o.prompts:
             break
     return kept, dropped
 
 
+def draw_rollouts(policy, prompts, number, o):
+    """o.samples completions of each prompt, as one list. The random numbers belong to prompt and sample."""
+    noise = rollout.uniforms(len(prompts), o.samples, o.max_new_tokens, generator(o, number, "sample"))
+    at_once = max(1, o.sample_batch // o.samples)
+    return sample(policy, prompts, list(noise), o.samples, o.temperature, at_once, o)
+
+
+def sample(policy, prompts, noise, n, temperature, at_once, o):
+    """n completions of each prompt, as one list; the processes divide the prompts, `at_once` at a time."""
+    refresh(policy)
+
+    def mine(prompts, noise):
+        groups = []
+        for i in range(0, len(prompts), at_once):
+            some, u = prompts[i : i + at_once], torch.stack(noise[i : i + at_once])
+            groups += rollout.sample(policy.sampler, some, n, o.max_new_tokens, temperature, policy.eos_ids,
+                                     noise=u)
+        return groups
+
+    return [completion for group in share(mine, prompts, noise) for completion in group]
+
+
+def refresh(policy):
+    """The sampler's weights become the model's, in place."""
+    if policy.sampler is not policy.model:
+        own, new = policy.sampler.parameters(), policy.model.parameters()
+        torch._foreach_copy_([p.data for p in own], [p.data for p in new])
+
+
 def mini_batches(policy, groups, advantages, o):
-    """Groups as mini-batches, with old log-probs and entropies: computed as the update computes them, so that the first ratio is 1."""
+    """The groups as mini-batches, with old log-probs and entropies from the same computation as the
+    update's."""
     batches = []
     for i in range(0, len(groups), o.mini_batch):
         some = groups[i : i + o.mini_batch]
-        rows = lambda key: [x for g in some for x in g[key]]
-        prompts, completions = [g["prompt"] for g in some for _ in g["completions"]], rows("completions")
+        completions = [c for g in some for c in g.completions]
         lengths = torch.tensor([len(c) for c in completions])
-        mask = torch.arange(lengths.max()) < lengths[:, None]  # from the lengths, never the ids
-        batches.append({
-            "prompts": prompts, "completions": completions, "texts": rows("texts"), "rewards": torch.tensor(rows("rewards")), "mask": mask,
-            "advantages": advantages[i : i + o.mini_batch].reshape(-1, 1) * mask,
-        })  # fmt: skip
-    for batch, (logp, entropy) in zip(batches, score_each(policy.model, batches, o.temperature, o)):
-        batch |= {"old_logp": logp, "entropy": entropy}
-    if o.temperature != 1:  # the policy's own entropy, beside that of what was sampled from
-        for batch, (_, entropy) in zip(batches, score_each(policy.model, batches, 1.0, o)):
-            batch["entropy1"] = entropy
+        mask = torch.arange(lengths.max()) < lengths[:, None]  # from the lengths, never from the ids
+        batches.append(Batch(
+            prompts=[g.prompt for g in some for _ in g.completions],
+            completions=completions,
+            texts=[text for g in some for text in g.texts],
+            rewards=torch.tensor([r for g in some for r in g.rewards]),
+            mask=mask,
+            advantages=advantages[i : i + o.mini_batch].reshape(-1, 1) * mask,
+        ))
+    for batch, (logp, entropy) in zip(batches, parallel.score_each(policy.model, batches, o.temperature, o)):
+        batch.old_logp, batch.entropy, batch.entropy1 = logp, entropy, entropy
+    if o.temperature != 1:  # the policy's own entropy, beside that of the distribution that was sampled from
+        for batch, (_, entropy) in zip(batches, parallel.score_each(policy.model, batches, 1.0, o)):
+            batch.entropy1 = entropy
     return batches
 
 
-def step(policy, problems, number, o):
-    """One step from (prompt ids, answer) to an updated policy. Returns a line of metrics.jsonl and a few of samples.jsonl."""
-    seconds, lap = stopwatch("sample", "reward", "score", "update")
-    kept, dropped = collect(policy, problems, number, o, lap)
-    rollout.release(policy.sampler)
-    policy.rounds += (len(kept) + len(dropped)) // o.prompts
+def update(policy, batch, choice, strength, first, o):
+    """One mini-batch: covariance -> selection -> loss -> update. Returns its Tokens, its Loss, and what is
+    logged."""
+    logp, entropy = parallel.score(policy.model, batch, o.temperature, o)
+    if first and not torch.equal(logp.nan_to_num(), batch.old_logp.nan_to_num()):
+        raise RuntimeError("the first ratio is not 1: old and new log-probs come from different computations")
+    t = losses.Tokens(
+        logp.requires_grad_(), batch.old_logp, batch.advantages, batch.mask, entropy.requires_grad_(),
+        generator=choice, old_entropy=batch.entropy, ref_logp=batch.ref_logp, strength=strength,
+    )
+    loss = losses.METHODS[o.method](t, o)
+    kept = t.mask if loss.kept is None else loss.kept
+    mean = losses.aggregate(loss.token_loss, kept, kept.sum())
+    dlogp, dentropy = torch.autograd.grad(mean, (logp, entropy), allow_unused=True, materialize_grads=True)
 
-    rewards = torch.tensor([g["rewards"] for g in kept]).view(-1, o.samples)  # (P, G)
-    lengths = torch.tensor([[len(c) for c in g["completions"]] for g in kept]).view(-1, o.samples)
-    advantages = losses.group_advantages(rewards, o.advantage, lengths=lengths) if kept else rewards
-    lap("reward")
-
-    batches = mini_batches(policy, kept, advantages, o)
-    others = mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o)  # the policy's entropy is over all rollouts
-    if policy.reference:
-        for batch, (logp, _) in zip(batches, score_each(policy.reference, batches, o.temperature, o)):
-            batch["ref_logp"] = logp
-    judged = process_rewards(policy.prm, batches, o) if policy.prm and batches else {}
-    lap("score")
-
-    logs, updates = [], []
-    for n in range(o.passes * len(batches)):
-        t, log = update(policy, batches[n % len(batches)], generator(o, f"{number}.{n}", "select"), n == 0, o)
-        logs.append(log)
-        updates.append(t)
-        count_bad(policy, log, number, o)
-        if policy.probe:
-            theorem.follow(policy, o)
-
-    metrics = {"step": number} | summary(policy, batches, others, logs, o) | judged | {"seconds": seconds}
-    if policy.probe and updates:
-        metrics |= theorem.figures(policy, updates, rewards)
-    samples = sample_lines(policy, batches[0], updates[0], number) if batches else []
-    lap("update")  # and what is said of it: the seconds of a step add up
-    return metrics, samples
-
-
-def evaluate(policy, problems, samples, temperature, o):
-    """The figures of eval.summary on held-out problems, the work divided among the processes."""
-    refresh(policy.sampler, policy.model)
-
-    def mine(problems):
-        return evaluation.evaluate(policy.sampler, policy.tokenizer, policy.eos_ids, problems, samples, temperature,
-                                   o.max_new_tokens, batch=min(512, o.sample_batch), seed=o.seed)["completions"] if problems else []  # fmt: skip
-
-    return evaluation.summary(share(mine, problems))
+    policy.optimizer.zero_grad(set_to_none=True)
+    parallel.backward(policy.model, batch, dlogp, dentropy, o)
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), o.grad_clip)
+    finite = bool(torch.isfinite(norm) and torch.isfinite(mean))
+    if finite and norm > 0:  # without a signal AdamW would still move, by its momentum
+        policy.optimizer.step()
+    return t, loss, {
+        "tokens": int(t.mask.sum()),
+        "covariance": t.covariance.sum().item(),
+        "selected": 0 if loss.selected is None else int(loss.selected.sum()),
+        "clipped": 0 if loss.clipped is None else int((loss.clipped & kept).sum()),
+        "ratio_max": t.ratio[t.mask].max().item(),
+        "loss": mean.item(),
+        "grad_norm": norm.item(),
+        "finite": finite,
+    }
 
 
 # ---------------------------------------------------------------- a run
 
 
-def load(o, checkpoint=None):
-    """Policy and problems. All that can be wrong with them is found here, before the run directory is touched."""
-    fields = lambda name: {} if name in data.KNOWN else {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
-    train = data.load_problems(o.data, **fields(o.data))
-    held_out = data.load_problems(o.eval_data, **fields(o.eval_data), limit=o.eval_limit, benchmark=True)
-    config = describe(o, train, held_out)
+def load(o, source=None):
+    """Policy, problems and held-out problems, both as [(prompt ids or None if too long, answer), ...].
+
+    source: a checkpoint to load the model from, instead of --model. All that can be wrong with model and data
+    is found here, before the run directory is touched; then UserError.
+    """
+    train = load_problems(o, o.data)
+    held_out = load_problems(o, o.eval_data, limit=o.eval_limit, benchmark=True)
     train, overlap = data.drop_overlap(train, held_out)
-    source = str(checkpoint or o.model)
-    compares = bool(losses.NEED_REFERENCE & {o.method, o.advantage})  # with the starting policy, also when it is resumed
-    if not all(Path(name).is_dir() for name in [source] + [o.model] * compares):
-        data.hub_reachable()  # without a network, only the hub's cache is asked, and at once
-    model, tokenizer, eos_ids = load_policy(source, o.device)
-    room = context(model.config) - o.max_new_tokens
+    if not train:
+        raise UserError(f"--data {o.data}: no problem is left, all {overlap} are held-out problems as well")
+    model, tokenizer, eos_ids = rollout.load_policy(str(source or o.model), o.device)
+    context = rollout.context(model.config)
+    room = context - o.max_new_tokens
     if room <= 0:
-        raise UserError(f"--max-new-tokens {o.max_new_tokens}: leaves no room for a prompt in the {context(model.config)} positions of the model")
-    encoded = data.encode_prompts(tokenizer, [prompt for prompt, _ in train], min(o.max_prompt_tokens, room))
-    if train and not any(encoded):
-        raise UserError(f"--model {source}: its tokenizer and chat template leave nothing of a prompt")
-    problems = [(ids, answer) for ids, (_, answer) in zip(encoded, train) if ids]
+        raise UserError(f"--max-new-tokens {o.max_new_tokens}: takes less than the {context} of the model")
+    encoded = encode(tokenizer, train, min(o.max_prompt_tokens, room))
+    problems = [(ids, answer) for ids, answer in encoded if ids]
     if not problems:
-        raise UserError(f"--data {o.data}: no prompt is left to train on ({overlap} dropped as held-out)")
-    data.encode_prompts(tokenizer, [prompt for prompt, _ in held_out], room)  # an error if none fits
-    optimizer = adamw(model, o)
+        raise UserError(f"--model {o.model}: its tokenizer and chat template leave nothing of a prompt")
+    optimizer = parallel.adamw(model, o.lr, o.shard_optimizer)
+    policy = Policy(model, sampling_copy(model, o), tokenizer, eos_ids, optimizer)
+    if losses.NEED_REFERENCE & {o.method, o.advantage}:
+        policy.reference = rollout.load_policy(o.model, o.device)[0].requires_grad_(False)
+    if o.advantage == "prime":
+        from prime import ProcessRewardModel  # here, since no other run needs it
+
+        policy.prm = ProcessRewardModel(o)
+    if o.gradient_checkpointing:
+        recompute(model, o)
     if world()[0] == 0:
-        print(f"{o.method}: {sum(p.numel() for p in model.parameters()):,} parameters on {o.device}, {len(problems):,} problems"
-              f" ({overlap} dropped as held-out, {len(train) - len(problems)} as too long), {len(held_out)} held out")  # fmt: skip
-    policy = argparse.Namespace(
-        model=model, sampler=sampling_copy(model, o), tokenizer=tokenizer, eos_ids=eos_ids, optimizer=optimizer,
-        reference=load_policy(o.model, o.device)[0].requires_grad_(False) if compares else None,
-        prm=process_model(o) if o.advantage == "prime" else None, config=config, rounds=0, bad_updates=0, probe=None,
-    )  # fmt: skip
-    for trained in filter(None, (model, policy.prm and policy.prm.model)) if o.gradient_checkpointing else ():
-        recompute(trained)
-    policy.kept = {"optimizer": optimizer}  # what checkpoints hold beside the model: name -> whatever has a state_dict
-    if policy.prm:
-        policy.kept |= {"prm": policy.prm.model, "prm_optimizer": policy.prm.optimizer}
-    return policy, problems, held_out
+        size = sum(p.numel() for p in model.parameters())
+        too_long = len(encoded) - len(problems)
+        print(f"{o.method}: {size:,} parameters on {o.device}, {len(problems):,} problems ({overlap} dropped "
+              f"as held-out, {too_long} as too long), {len(held_out)} held out")
+    return policy, problems, encode(tokenizer, held_out, room)
 
 
-def loop(policy, problems, held_out, lines, started, o):
-    """Steps until the last one, or until something ends the run. Returns its first and last metrics and why it was interrupted, or None."""
-    first, last, said = (lines or [None])[0], (lines or [None])[-1], set()
+def load_problems(o, name, **more):
+    """data.load_problems with --prompt-field and --answer-field where the set is not a known one."""
+    if name not in data.KNOWN:
+        more |= {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
+    return data.load_problems(name, **more)
+
+
+def encode(tokenizer, problems, most):
+    """[(prompt ids, or None if they are more than `most`; answer), ...]"""
+    ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], most)
+    return list(zip(ids, [answer for _, answer in problems]))
+
+
+def sampling_copy(model, o):
+    """What rollouts are drawn from. On a GPU, reading the weights takes most of the time, so it is a copy in
+    bf16."""
+    if o.device != "cuda":
+        return model
+    sampler = copy.deepcopy(model)
+    for p in sampler.parameters():  # not sampler.bfloat16(): rotary frequencies are a buffer and stay in fp32
+        p.data = p.data.bfloat16()
+    return sampler
+
+
+def recompute(model, o):
+    """--gradient-checkpointing, by the model's own means."""
+    try:
+        model.gradient_checkpointing_enable()
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing: --model {o.model} cannot do it: {error}") from error
+
+
+def evaluate(policy, held_out, n, temperature, o):
+    """Rewards of n completions of each held-out problem: (P, n). A prompt that does not fit scores 0."""
+    fits = [i for i, (ids, _) in enumerate(held_out) if ids]
+    noise = [rollout.uniforms(1, n, o.max_new_tokens, generator(o, i, "evaluate"))[0] for i in fits]
+    at_once = max(1, min(512, o.sample_batch) // n)
+    completions = sample(policy, [held_out[i][0] for i in fits], noise, n, temperature, at_once, o)
+    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rewards = torch.zeros(len(held_out), n)
+    answers = [held_out[i][1] for i in fits for _ in range(n)]
+    rewards[fits] = torch.tensor(share(reward.grade_all, texts, answers)).view(-1, n)
+    return rewards
+
+
+def loop(policy, problems, held_out, lines, interruption, o):
+    """Steps until the last one, or until `interruption()` is not None, which is returned. Adds to `lines`."""
     accuracy = next((line["accuracy"] for line in reversed(lines) if "accuracy" in line), math.nan)
-    interrupted, rank = None, world()[0]
-    log = lambda name: open(Path(o.out) / name if rank == 0 else os.devnull, "a")
-    with signals(rank == 0) as received, log("metrics.jsonl") as metrics_file, log("samples.jsonl") as samples_file, recorder(o, rank) as trace:
-        progress = tqdm(range(len(lines) + 1, o.steps + 1), desc=o.method, initial=len(lines), total=o.steps, disable=rank > 0)
-        for number in progress:
-            if entropy_is_spent(last, o):
-                progress.write(f"entropy {last['entropy']:.3g} is below --stop-when-entropy {o.stop_when_entropy:g}: the run is over")
-                break
-            measured = {}
-            if number % o.eval_every == 1 or o.eval_every == 1 or number == o.steps:  # of the policy that enters the step
-                accuracy = evaluate(policy, held_out, 1, 0.0, o)["accuracy"]
-                measured = {"accuracy": accuracy, "accuracy_sampled": evaluate(policy, held_out, 1, 1.0, o)["accuracy"]}
-            metrics, samples = step(policy, problems_of_step(problems, policy.rounds + 1, o), number, o)
-            trace.step()
-            progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
-                                 cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")  # fmt: skip
-            last = plain(metrics | measured)
-            last["seconds"]["total"] = sum(last["seconds"].values())
-            first = first or last
-
-            def record():
-                print(json.dumps(last), file=metrics_file, flush=True)
-                if measured and samples:
-                    print(*(json.dumps(plain(line)) for line in samples), sep="\n", file=samples_file, flush=True)
-                for line in remarks(last, first, said, o):
-                    progress.write(line)
-
-            leader(record)
-            interrupted = next(filter(None, gather(interruption(received, started, o))), None)
-            if number % o.save_every == 0 or number == o.steps or interrupted or entropy_is_spent(last, o):
-                together(save, policy, number, o)
-            if interrupted:
-                break
-    return first, last, interrupted
+    done, steps = len(lines), range(len(lines) + 1, o.steps + 1)
+    progress = tqdm(steps, o.method, initial=done, total=o.steps, disable=world()[0] > 0)
+    for number in progress:
+        measured = {}
+        if (number - 1) % o.eval_every == 0 or number == o.steps:  # of the policy that enters the step
+            accuracy = evaluate(policy, held_out, 1, 0.0, o).mean().item()
+            sampled = evaluate(policy, held_out, 1, 1.0, o).mean().item()
+            measured = {"accuracy": accuracy, "accuracy_sampled": sampled}
+        rounds = sum(line.get("rounds", 1) for line in lines)
+        metrics, samples = step(policy, problems_of_step(problems, rounds, o), number, o)
+        lines.append(checkpoint.plain(metrics | measured))
+        leader(checkpoint.append, o.out, lines[-1], samples if measured else [])
+        progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
+                             cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")
+        stop_if_broken(lines, o)
+        why = next((w for w in parallel.gather(interruption()) if w), None)
+        if number % o.save_every == 0 or number == o.steps or why:
+            together(checkpoint.save, policy, number, o)
+        if why:
+            return why
 
 
-def train(o):
-    """A run, from its beginning or its last checkpoint. Returns the exit status."""
+def stop_if_broken(lines, o):
+    """Broken, if all updates of the last steps were skipped, BAD_UPDATES or more of them."""
+    skipped = 0
+    for line in reversed(lines):
+        if line["skipped"] < line["updates"] or not line["updates"]:
+            return
+        skipped += line["skipped"]
+        if skipped >= BAD_UPDATES:
+            raise Broken(f"step {len(lines)}: loss or gradient of the last {skipped} updates was not finite; "
+                         f"look at --lr {o.lr:g} and the weights of --model")
+
+
+def train(o, received=()):
+    """A run, from its beginning or from its last checkpoint. Returns the exit status.
+
+    received: signals that ask the run to stop; it does so after the step, with everything saved.
+    """
     started = time.time()
-    checkpoint, lines = leader(find, o)
-    policy, problems, held_out = together(load, o, checkpoint)
-    if checkpoint:
-        together(restore, policy, checkpoint)
-    leader(go_on, policy.config, len(lines)) if checkpoint else leader(begin, policy.config)
-    if o.check_theorem and world()[0] == 0:
-        policy.probe = theorem.open_probe(policy, held_out, o)
-    first, last, interrupted = loop(policy, problems, held_out, lines, started, o)
-    if interrupted:
-        why, status = interrupted
+    folder, lines = leader(checkpoint.find, o)
+    policy, problems, held_out = together(load, o, folder)
+    config = checkpoint.describe(o, problems, held_out)
+    if folder:
+        together(checkpoint.restore, policy, folder)
+    lock = leader(checkpoint.go_on if folder else checkpoint.begin, config, len(lines))
+
+    def interruption():
+        if received:
+            return signal.Signals(received[0]).name, 128 + received[0]
+        if o.max_hours and time.time() - started > 3600 * o.max_hours:
+            return f"--max-hours {o.max_hours:g}", 0
+
+    if why := loop(policy, problems, held_out, lines, interruption, o):
         if world()[0] == 0:
-            print(f"stopped by {why} after step {last['step']}, all is saved: the same command with --resume{' for --overwrite' * o.overwrite} goes on")
-        return status
-    sampled, greedy = evaluate(policy, held_out, o.final_samples, 1.0, o), evaluate(policy, held_out, 1, 0.0, o)
-    leader(conclude, policy, greedy, sampled, first, last, time.time() - started, o)
+            print(f"stopped by {why[0]} after step {len(lines)}; everything is saved, --resume goes on")
+        return why[1]
+    sampled = evaluate(policy, held_out, o.final_samples, 1.0, o)
+    greedy = evaluate(policy, held_out, 1, 0.0, o)
+    leader(finish, policy, greedy, sampled, lines, time.time() - started, o)
     return 0
+
+
+def finish(policy, greedy, sampled, lines, seconds, o):
+    """model/, curves.png and final.json, and a line that says what happened. greedy, sampled: rewards (P,
+    n)."""
+    once, passed, key = sampled.mean().item(), sampled.amax(1).mean().item(), str(o.final_samples)
+    final = {"accuracy": greedy.mean().item(), "accuracy_sampled": once, "pass_at": {"1": once, key: passed}}
+    checkpoint.save_model(policy, Path(o.out) / "model")
+    subprocess.run([sys.executable, Path(__file__).parent / "plot.py", o.out], stdout=subprocess.DEVNULL)
+    checkpoint.write_json(Path(o.out) / "final.json", final)  # last: by this file a run is known to be over
+    before, after = (math.nan if x["entropy"] is None else x["entropy"] for x in (lines[0], lines[-1]))
+    print(f"{o.method}, {len(lines)} steps, {seconds:.0f} s: entropy {before:.3f} -> {after:.3f} nats, "
+          f"held-out accuracy {lines[0]['accuracy']:.1%} -> {final['accuracy']:.1%} "
+          f"(sampled {once:.1%}, pass@{key} {passed:.1%}). See {o.out}/curves.png; plot.py compares runs")
 
 
 def main():
     o = options()
-    if "RANK" in os.environ:  # set by torchrun
-        keep_apart()
-        if o.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if o.device == "cuda" else "gloo")
+    parallel.start_process(o.device)
+    saved = f"if {o.out} holds a checkpoint, --resume goes on from there"
     try:
-        status = ending(train, o)
-    finally:
-        release()
-    if dist.is_initialized() and status not in (1, 130):  # after an error of one process the others may wait elsewhere; torchrun ends them
+        status = train(o, parallel.listen())
+    except UserError as error:
+        status = complain(2, error)
+    except Broken as error:
+        status = complain(1, error)
+    except OSError as error:
+        status = complain(1, f"{error}; {saved}")
+    except KeyboardInterrupt:
+        status = complain(130, f"stopped at once; {saved}")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        status = complain(1, f"out of memory: lower --micro-batch {o.micro_batch}, --sample-batch "
+                             f"{o.sample_batch}, --prompts or --max-new-tokens; {saved}")
+    if dist.is_initialized() and status not in (1, 130):  # else others may wait for this one
         dist.destroy_process_group()
-    if status:
-        sys.exit(status)
+    sys.exit(status)
+
+
+def complain(status, message):
+    """One line on standard error, from the first process of each node. Returns the exit status."""
+    say(f"error: {message}")
+    return status
 
 
 if __name__ == "__main__":
