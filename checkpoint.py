@@ -155,12 +155,16 @@ def write_json(path, value):
 
 
 def lock(out):
-    """Keeps other processes out of the run directory as long as the file returned is open. UserError if one
-    is there.
+    """Keeps other runs out of the run directory as long as the file returned is open. UserError if one is
+    there.
 
-    torchrun's processes may outlive a torchrun that was killed.
+    Called by all processes; rank 0 holds the lock. torchrun's processes may outlive a torchrun that was
+    killed.
     """
-    file = open(out / "metrics.jsonl", "a")  # by this file a directory is known to be a run's
+    if world()[0] > 0:
+        return None
+    Path(out).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out, "metrics.jsonl"), "a")  # by this file a directory is known to be a run's
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -170,22 +174,17 @@ def lock(out):
     return file
 
 
-def begin(config, lines=0):
+def begin(config, done=0):
     """An empty run directory. config.json is removed first and written last: without it nothing has been done
     yet.
-
-    Returns the lock.
     """
     out = Path(config["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    held = lock(out)
     (out / "config.json").unlink(missing_ok=True)
     for path in out.iterdir():
         if path.name != "metrics.jsonl":
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     os.truncate(out / "metrics.jsonl", 0)
     write_json(out / "config.json", config)
-    return held
 
 
 # ---------------------------------------------------------------- saving
@@ -341,12 +340,12 @@ def read_log(path, last):
 
 
 def go_on(config, done):
-    """The logs cut back to step `done`, in place, and config.json brought up to date. Returns the lock."""
+    """The logs cut back to step `done`, in place, and config.json brought up to date. UserError if the
+    prompts are others than before."""
     out = Path(config["out"])
-    held = lock(out)
     old = json.loads((out / "config.json").read_text())
     for name, digest in config["content"].items():
-        if old["content"].get(name) != digest:
+        if old.get("content", {}).get(name) != digest:
             option = name.replace("_", "-")
             raise UserError(f"--resume: the prompts of --{option} are not those that {out} began with")
     for log in ("metrics.jsonl", "samples.jsonl"):
@@ -354,7 +353,6 @@ def go_on(config, done):
             os.truncate(out / log, read_log(out / log, done)[1])
     prune(out, done)  # a kill may have come before the older ones were removed
     write_json(out / "config.json", config)
-    return held
 
 
 def restore(policy, folder):

@@ -392,7 +392,8 @@ def train(o, received=()):
     config = checkpoint.describe(o, problems, held_out)
     if folder:
         together(checkpoint.restore, policy, folder)
-    lock = leader(checkpoint.go_on if folder else checkpoint.begin, config, len(lines))
+    lock = together(checkpoint.lock, o.out)  # held until this function returns
+    leader(checkpoint.go_on if folder else checkpoint.begin, config, len(lines))
 
     def interruption():
         if received:
