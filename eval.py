@@ -3,47 +3,46 @@
     python eval.py --model tiny --benchmarks arithmetic_heldout
     python eval.py --model A B C --benchmarks math500 aime24 aime25 amc23 omni_math olympiadbench minerva
 
-Completions come from the sampler of the training (rollout.py), verdicts from its grader (reward.py). Of
-P problems, n completions are drawn for each, and c of them are right:
+Completions come from the sampler of the training (rollout.py), rewards from its verifier (reward.py). Of
+P problems, n completions are sampled for each, and c of them are right:
 
     avg@n     = mean over problems of c / n                        the accuracy
     pass@k    = mean over problems of 1 - C(n - c, k) / C(n, k)    unbiased for every k <= n
     interval  = Wilson's, with P p (1 - p) / Var(c / n) in the place of the number of trials
 
 Completions of one problem resemble each other, so the problem is the unit of the interval, not the
-completion: with n = 1 the number of trials is P, and drawing more completions can make it larger only as
-far as it makes the problems' means agree. Unlike mean +- 1.96 standard errors, Wilson's interval stays
-between 0 and 1 and does not shrink to nothing when all answers are right or all are wrong.
+completion: with n = 1 the number of trials is P, and more completions make it larger only as far as they
+make the problems' means agree. Unlike mean +- 1.96 standard errors, Wilson's interval stays between 0 and 1
+and does not shrink to nothing when all answers are right or all are wrong.
 
 Protocol of the paper (arXiv 2505.22617), the default here: AIME and AMC are sampled 32 times at
 temperature 0.6, all others are decoded greedily, once; at most 8192 tokens. pass@k: arXiv 2107.03374.
-Wilson, J. Am. Stat. Assoc. 22 (1927); effective number of trials: Korn and Graubard, Surv. Methodol. 24 (1998).
+Wilson, J. Am. Stat. Assoc. 22 (1927); number of trials: Korn and Graubard, Surv. Methodol. 24 (1998).
 
-Random numbers belong to a problem, so neither the batch nor an interruption changes an answer but by
-rounding. Each finished batch is a line of a .jsonl beside the result, and is not computed again.
+Random numbers belong to a problem, so the batch changes an answer only by rounding. FILE.json is written
+after each benchmark, and what it holds is not computed again: an interrupted command can be repeated.
 """
 
 import argparse
 import hashlib
 import json
 import math
-import pathlib
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import data
 import reward
 import rollout
+from data import EMBEDDED, KNOWN, UserError, encode_prompts, load_problems, one_line
 from rollout import context, load_policy
-from data import UserError
 
 # 1. What is measured.
 
 
 def pass_at_k(n, c, k):
-    """Chance that at least one of k attempts is right, from n attempts of which c were: 1 - C(n-c, k) / C(n, k).
+    """Chance that at least one of k attempts is right, if c of n attempts were: 1 - C(n-c, k) / C(n, k).
 
     As a product, 1 - prod_{i=n-c+1..n} (1 - k/i), for the binomials overflow.
     """
@@ -64,7 +63,7 @@ def interval(means, samples, z=1.96):
 
 
 def summary(records, timeouts=0):
-    """The figures of a benchmark from its problems' records, as plain numbers; shares and accuracies from 0 to 1."""
+    """The figures of a benchmark from its problems' records. Shares are from 0 to 1, lengths in tokens."""
     n = len(records[0]["rewards"])
     right = [round(sum(record["rewards"])) for record in records]
     lengths = [length for record in records for length in record["lengths"]]
@@ -92,261 +91,201 @@ def noise(prompt, samples, max_new_tokens, seed):
     return rollout.uniforms(1, samples, max_new_tokens, generator)[0]
 
 
-def draw(model, prompts, ids, samples, temperature, max_new_tokens, eos_ids, batch, seed):
-    """`samples` completions of each prompt, at most `batch` rows at a time."""
+def complete(model, prompts, ids, samples, temperature, max_new_tokens, eos_ids, batch, seed):
+    """`samples` completions (lists of ids) of each prompt, at most `batch` rows at a time."""
     u = torch.stack([noise(prompt, samples, max_new_tokens, seed) for prompt in prompts])  # (P, n, T)
-    parts = [
-        rollout.sample(model, ids, part.shape[1], max_new_tokens, temperature, eos_ids, noise=part)
-        for part in u.split(max(1, batch // len(prompts)), dim=1)
-    ]
-    return [sum(groups, []) for groups in zip(*parts)]
+    completions = [[] for _ in prompts]
+    for part in u.split(max(1, batch // len(prompts)), dim=1):
+        groups = rollout.sample(model, ids, part.shape[1], max_new_tokens, temperature, eos_ids, noise=part)
+        for mine, group in zip(completions, groups):
+            mine += group
+    return completions
 
 
-def answer(model, tokenizer, eos_ids, problems, samples, temperature, max_new_tokens, batch, seed, done=()):
-    """Yields (start, records, timeouts) for each batch of problems that is not in `done`; a record is one problem."""
-    ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], context(model.config) - max_new_tokens, refuse=False)
-    step = max(1, batch // samples)
-    for start in (s for s in range(0, len(problems), step) if s not in done):
-        part = range(start, min(start + step, len(problems)))
-        fits = [i for i in part if ids[i] is not None]  # a prompt that does not fit scores 0: it stays in the mean
-        drawn = draw(model, [problems[i][0] for i in fits], [ids[i] for i in fits], samples, temperature,
-                     max_new_tokens, eos_ids, batch, seed) if fits else []  # fmt: skip
-        completions = {i: [[]] * samples for i in part} | dict(zip(fits, drawn))
-        texts = tokenizer.batch_decode(sum(completions.values(), []), skip_special_tokens=True)
-        before = reward.timeouts()
-        rewards = reward.grade_all(texts, [problems[i][1] for i in part for _ in range(samples)])
-        records = [
-            {
-                "index": i, "prompt": problems[i][0], "answer": problems[i][1],
-                "responses": texts[j : j + samples], "rewards": rewards[j : j + samples],
-                "lengths": [len(c) for c in completions[i]],
-                "truncated": [bool(c) and c[-1] not in eos_ids for c in completions[i]],
-                "too_long": ids[i] is None,
-            }
-            for i, j in zip(part, range(0, len(texts), samples))
-        ]  # fmt: skip
-        yield start, records, reward.timeouts() - before
+def evaluate(model, tokenizer, eos_ids, problems, samples=1, temperature=0.0, max_new_tokens=8192, batch=64,
+             seed=0, title=None):  # fmt: skip
+    """The figures of `summary` and, under "completions", a record of each problem.
+
+    `title` stands beside a progress bar; None shows none. A prompt that does not fit into the model's context
+    scores 0 and stays in the mean. Raises UserError if none fits. Leaves the global random state alone.
+    """
+    room = context(model.config) - max_new_tokens
+    ids = encode_prompts(tokenizer, [prompt for prompt, _ in problems], room)
+    fits = [i for i in range(len(problems)) if ids[i] is not None]
+    completions, step = [[[]] * samples for _ in problems], max(1, batch // samples)
+    for start in tqdm(range(0, len(fits), step), desc=title, disable=title is None):
+        part = fits[start : start + step]
+        groups = complete(model, [problems[i][0] for i in part], [ids[i] for i in part], samples, temperature,
+                          max_new_tokens, eos_ids, batch, seed)  # fmt: skip
+        for i, group in zip(part, groups):
+            completions[i] = group
+    timeouts = reward.timeouts()
+    texts = tokenizer.batch_decode(sum(completions, []), skip_special_tokens=True)
+    rewards = reward.grade_all(texts, [answer for _, answer in problems for _ in range(samples)])
+    records = []
+    for i, (prompt, answer) in enumerate(problems):
+        mine = slice(i * samples, (i + 1) * samples)
+        records.append({
+            "index": i, "prompt": prompt, "answer": answer,
+            "responses": texts[mine], "rewards": rewards[mine],
+            "lengths": [len(c) for c in completions[i]],
+            "truncated": [bool(c) and c[-1] not in eos_ids for c in completions[i]],
+            "too_long": ids[i] is None,
+        })  # fmt: skip
+    return summary(records, reward.timeouts() - timeouts) | {"completions": records}
 
 
-def evaluate(model, tokenizer, eos_ids, problems, samples=1, temperature=0.0, max_new_tokens=8192, batch=64, seed=0):
-    """The figures of `summary` and, under "completions", every problem's record. No files, no global random state."""
-    parts = list(answer(model, tokenizer, eos_ids, problems, samples, temperature, max_new_tokens, batch, seed))
-    records = [record for _, part, _ in parts for record in part]
-    return summary(records, sum(timeouts for *_, timeouts in parts)) | {"completions": records}
+# 3. The table.
 
 
-# 3. The log that makes an evaluation safe to interrupt.
-
-
-def read_log(path, evaluations):
-    """{(model, benchmark): {start: line}} of finished batches. A line that was cut off while it was written is removed."""
-    done = {key: {} for key in evaluations}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not text.endswith("\n") and text:
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            line = json.loads(line)
-            there = line["settings"]
-            key = there["model"], there["benchmark"]
-            line["start"], line["records"], line["timeouts"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--out: {path}:{number} is not a line of an evaluation; choose another name") from None
-        here = evaluations.get(key)
-        differ = [f"{k} {there.get(k)} there, {v} here" for k, v in (here or {}).items() if there.get(k) != v]
-        if differ:
-            what = f"{key[0]} on {key[1]} with other settings ({'; '.join(differ)})"
-            raise UserError(f"--out: {path} holds {what}; choose another name, or remove it")
-        if here:
-            done[key][line["start"]] = line
-    return done
-
-
-def fingerprint(model, config):
-    """What tells another checkpoint of the same name: sizes and times of a folder's files, or the hub's commit."""
-    files = sorted(pathlib.Path(model).glob("*.safetensors")) + sorted(pathlib.Path(model).glob("*.json"))
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files] or getattr(config, "_commit_hash", None)
-    return digest(state)
-
-
-def digest(value):
-    """A short hash of plain data."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-# 4. Tables.
-
-
-def aligned(rows):
-    """Rows of texts as lines, the first column to the left and all others to the right."""
+def table(results):
+    """A line for each model and benchmark, and each model's mean accuracy over the benchmarks, as text."""
+    columns = ["problems", "samples", "temperature", "length", "too_long", "timeouts"]
+    rows = [["", "accuracy, %", "95% interval", "pass@samples, %", "truncated, %", *columns]]
+    for model in dict.fromkeys(r["model"] for r in results):
+        mine = [r for r in results if r["model"] == model]
+        for r in mine:
+            shares = r["accuracy"], *r["interval"], r["pass"][str(r["samples"])], r["truncated"]
+            accuracy, low, high, passed, truncated = (f"{100 * share:.1f}" for share in shares)
+            name = f"{model[-40:]} {Path(r['benchmark']).stem}"
+            figures = [f"{r[column]:.4g}" for column in columns]
+            rows.append([name, accuracy, f"{low} to {high}", passed, truncated, *figures])
+        mean = sum(r["accuracy"] for r in mine) / len(mine)
+        rows.append([f"{model[-40:]} mean", f"{100 * mean:.1f}"] + [""] * (len(rows[0]) - 2))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def tables(results):
-    """The paper's layout, models by benchmarks in percent with 95% intervals, and below it every figure."""
-    models, benchmarks = (list(dict.fromkeys(r[name] for r in results)) for name in ("model", "benchmark"))
-    cells = {(r["model"], r["benchmark"]): r for r in results}
-    paper = [["accuracy, %", *(title(b) for b in benchmarks), "avg"]]
-    for model in models:
-        row = [cells[model, b] for b in benchmarks]
-        shown = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (r["accuracy"], *r["interval"]))) for r in row]
-        paper.append([model[-40:], *shown, f"{100 * sum(r['accuracy'] for r in row) / len(row):.1f}"])
-    ks = sorted({int(k) for r in results for k in r["pass"]})
-    every = [["", "problems", "samples", "temp.", *(f"pass@{k}" for k in ks), "tokens", "truncated", "too long", "timeouts"]]
-    for r in results:
-        passes = [f"{100 * r['pass'][str(k)]:.1f}" if str(k) in r["pass"] else "" for k in ks]
-        every.append([f"{r['model'][-40:]} {title(r['benchmark'])}", str(r["problems"]), str(r["samples"]), f"{r['temperature']:g}", *passes,
-                      f"{r['length']:.0f}", f"{100 * r['truncated']:.1f}%", str(r["too_long"]), str(r["timeouts"])])  # fmt: skip
-    return f"{aligned(paper)}\n\n{aligned(every)}"
+# 4. The command.
 
 
-def title(benchmark):
-    """The name of a benchmark in tables: a file's without folder and ending."""
-    return pathlib.Path(benchmark).stem
-
-
-# 5. The command.
-
-
-def options(argv):
-    """The command line; a wrong value ends here with one line and exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = fail
-
-    def number(kind, low, meaning):
-        def check(text):
-            try:
-                value = kind(text)
-            except ValueError:
-                value = math.nan
-            if not low <= value < math.inf:
-                raise argparse.ArgumentTypeError(f"takes {meaning}, not {text!r}")
-            return value
-
-        return check
-
-    count = number(int, 1, "a whole number above 0")
-    contests = "names that begin with aime or amc"
+def options():
+    """The parser of the command line. Its errors are one line, for it has no usage to print."""
+    parser = argparse.ArgumentParser("eval.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    known, contests = ", ".join([*EMBEDDED, *KNOWN]), "names that begin with aime or amc"
     add = parser.add_argument
-    add("--model", nargs="+", required=True, metavar="DIR_OR_ID", help="checkpoint folders or hub ids; each is a row of the table")
+    add("--model", nargs="+", required=True, metavar="DIR_OR_HUB_ID", help="each is a row of the table")
     add("--benchmarks", nargs="+", default=["arithmetic_heldout"], metavar="NAME_OR_FILE",
-        help=f"known names ({', '.join([*data.EMBEDDED, *data.KNOWN])}), files ({', '.join(data.READERS)}) or hub ids "
-        "as owner/name:config:split (default arithmetic_heldout, the embedded one)")  # fmt: skip
-    add("--samples", type=count, metavar="N", help=f"completions per problem (default: 32 for {contests}, else 1: the paper's protocol)")
-    add("--temperature", type=number(float, 0, "a number of at least 0"), metavar="T",
-        help=f"of sampling, 0 is greedy (default: 0.6 for {contests} or if --samples is above 1, else 0: the paper's protocol)")
-    add("--limit", type=count, metavar="N", help="only the first N problems of each benchmark (default: all)")
-    add("--max-new-tokens", type=count, metavar="N",
-        help="tokens at which a completion is cut off (default: 8192, the paper's, or 3/4 of the model's context if that is less)")
-    add("--batch", type=count, default=64, metavar="N",
-        help="completions sampled at a time; lower it when memory runs out (default 64, a guess for 24 GB and a small model)")
-    add("--seed", type=number(int, 0, "a whole number of at least 0"), default=0, metavar="N", help="of the sampling (default 0)")
+        help=f"{known}; a file; a hub id, as owner/name:config:split (default arithmetic_heldout)")
+    add("--samples", type=int, metavar="N",
+        help=f"completions of each problem (default, as in the paper: 32 for {contests}, else 1)")
+    add("--temperature", type=float, metavar="T",
+        help=f"0 is greedy (default, as in the paper: 0.6 for {contests}; also with --samples; else 0)")
+    add("--limit", type=int, metavar="N", help="only the first N problems of each benchmark (default all)")
+    add("--max-new-tokens", type=int, metavar="N",
+        help="tokens at which a completion is cut off (default 8192, or 3/4 of a shorter context)")
+    add("--batch", type=int, default=64, metavar="N",
+        help="completions sampled at a time; lower it if memory runs out (default 64)")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="bfloat16 on cuda, float32 on cpu (default: cuda if there is one)")
-    add("--prompt-field", metavar="COLUMN", help="the problem's column in files with unknown columns (default: found by its name)")
-    add("--answer-field", metavar="COLUMN", help="the gold answer's column, likewise (default: found by its name)")
-    add("--out", type=pathlib.Path, default=pathlib.Path("eval.json"), metavar="FILE.json",
-        help="figures and completions; finished batches are kept in FILE.jsonl beside it (default eval.json)")
-    o = parser.parse_args(argv)
+        help="bfloat16 on cuda, float32 on cpu (default cuda if there is one)")
+    add("--prompt-field", metavar="COLUMN", help="the problem's column in other sets (default: a usual name)")
+    add("--answer-field", metavar="COLUMN", help="the gold's column in other sets (default: a usual name)")
+    add("--out", type=Path, default=Path("eval.json"), metavar="FILE.json",
+        help="where figures and completions are added (default eval.json)")
+    return parser  # fmt: skip
+
+
+def check(o):
+    """Raises UserError for a value that no model and no benchmark could make right."""
+    for name in ("samples", "limit", "max_new_tokens", "batch"):
+        value = getattr(o, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: takes a whole number above 0")
+    if o.temperature is not None and not 0 <= o.temperature < math.inf:
+        raise UserError(f"--temperature {o.temperature}: takes a number of at least 0")
     if o.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no such device here; take cpu")
+        raise UserError("--device cuda: there is none here; take cpu")
     if o.out.suffix != ".json" or not o.out.absolute().parent.is_dir():
-        fail(f"--out takes a name that ends in .json, in a folder that exists, not {str(o.out)!r}")
-    if o.out.exists() and not o.out.with_suffix(".jsonl").exists():
-        fail(f"--out: {o.out} exists, without the .jsonl of an evaluation to continue; choose another name")
-    o.model, o.benchmarks = list(dict.fromkeys(o.model)), list(dict.fromkeys(o.benchmarks))
-    return o
-
-
-def fail(message):
-    """One line on standard error and exit status 2."""
-    sys.exit(print(f"eval.py: {message}", file=sys.stderr) or 2)
+        raise UserError(f"--out {o.out}: takes a name that ends in .json, in a folder that exists")
 
 
 def protocol(benchmark, samples, temperature):
-    """(samples, temperature) of a benchmark: what the command line says, and else the paper's."""
-    contest = title(benchmark).lower().startswith(("aime", "amc"))
+    """(samples, temperature) of a benchmark: those of the command line, or else the paper's."""
+    contest = Path(benchmark).stem.lower().startswith(("aime", "amc"))
     if temperature is None:
         temperature = 0.6 if contest or (samples or 1) > 1 else 0.0
     samples = samples or (32 if contest and temperature else 1)
     if samples > 1 and not temperature:
-        raise UserError(f"--samples {samples} at --temperature 0 are {samples} times the same; take 1 sample, or a temperature above 0")
+        raise UserError(f"--samples {samples}: with --temperature 0 all of them are the same; take 1")
     return samples, temperature
 
 
-def plan(o, problems):
-    """{(model, benchmark): settings}: everything an answer depends on. Fails before any weights are loaded."""
+def plan(model, o):
+    """For each benchmark, what the model's answers depend on. Raises UserError before weights are loaded."""
     from transformers import AutoConfig
 
-    evaluations = {}
-    for model in o.model:
-        try:
-            if not pathlib.Path(model).is_dir():
-                data.hub_reachable()
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        except Exception as error:  # a damaged file makes the library raise anything
-            raise UserError(f"--model {model}: no checkpoint folder or hub id that loads: {data.one_line(error)}") from None
-        window = context(config)
-        max_new_tokens = o.max_new_tokens or min(8192, 3 * window // 4)
-        if max_new_tokens >= window:
-            raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the {window} positions of {model}")
-        for benchmark in o.benchmarks:
-            samples, temperature = protocol(benchmark, o.samples, o.temperature)
-            evaluations[model, benchmark] = {
-                "model": model, "weights": fingerprint(model, config), "benchmark": benchmark, "content": digest(problems[benchmark]),
-                "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
-                "batch": o.batch, "seed": o.seed, "device": o.device,
-            }  # fmt: skip
-    return evaluations
+    try:
+        window = context(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    except Exception as error:  # a damaged file makes the library raise anything
+        raise UserError(f"--model {model}: no checkpoint that loads: {one_line(error)}") from None
+    tokens = o.max_new_tokens or min(8192, 3 * window // 4)
+    if tokens >= window:
+        raise UserError(f"--max-new-tokens {tokens}: no room for a prompt in a context of {window}")
+    changed = max((file.stat().st_mtime for file in Path(model).glob("*")), default=None)
+    fixed = {"model": model, "changed": changed, "max_new_tokens": tokens, "seed": o.seed, "device": o.device}
+    settings = []
+    for benchmark in o.benchmarks:
+        samples, temperature = protocol(benchmark, o.samples, o.temperature)
+        settings.append(fixed | {"benchmark": benchmark, "samples": samples, "temperature": temperature})
+    return settings
 
 
-def run(settings, policy, problems, done, log):
-    """One model on one benchmark: the batches that are not done yet, each logged as it ends; then the figures."""
-    asked = {name: settings[name] for name in ("samples", "temperature", "max_new_tokens", "batch", "seed")}
-    if (finished := sum(len(line["records"]) for line in done.values())) < len(problems):  # an error if no prompt fits
-        data.encode_prompts(policy[1], [prompt for prompt, _ in problems], context(policy[0].config) - settings["max_new_tokens"])
-    desc = f"{settings['model'][-30:]} {title(settings['benchmark'])}"
-    with tqdm(total=len(problems), initial=finished, desc=desc, unit="problem") as bar:
-        for start, records, timeouts in answer(*policy, problems, **asked, done=done) if finished < len(problems) else ():
-            done[start] = {"settings": settings, "start": start, "timeouts": timeouts, "records": records}
-            log.write(json.dumps(done[start]) + "\n")
-            log.flush()
-            bar.update(len(records))
-    lines = [done[start] for start in sorted(done)]
-    records = [record for line in lines for record in line["records"]]
-    return settings | summary(records, sum(line["timeouts"] for line in lines)) | {"completions": records}
+def read_results(path):
+    """The results that FILE.json holds, [] if there is no such file."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+        return [result for result in results if result["completions"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--out {path}: is no file of eval.py; choose another name") from None
+
+
+def holds(result, settings, problems):
+    """Whether a stored result is what these settings would give on these problems."""
+    asked = [(record["prompt"], record["answer"]) for record in result["completions"]]
+    return all(result.get(name) == value for name, value in settings.items()) and asked == problems
+
+
+def run(o):
+    """Every model on every benchmark, one after the other. What FILE.json holds is taken from there."""
+    check(o)
+    problems = {b: load_problems(b, o.prompt_field, o.answer_field, o.limit, True) for b in o.benchmarks}
+    plans = [settings for model in dict.fromkeys(o.model) for settings in plan(model, o)]
+    stored, shown, policy, loaded = read_results(o.out), [], None, None
+    for settings in plans:
+        model, benchmark = settings["model"], settings["benchmark"]
+        found = [result for result in stored if holds(result, settings, problems[benchmark])]
+        if not found:
+            if loaded != model:
+                policy = None  # frees its memory before the next one is loaded
+                policy = load_policy(model, o.device, torch.bfloat16 if o.device == "cuda" else torch.float32)
+                loaded = model
+            asked = {name: settings[name] for name in ("samples", "temperature", "max_new_tokens", "seed")}
+            title = f"{model[-30:]} {Path(benchmark).stem}"
+            found = [settings | evaluate(*policy, problems[benchmark], **asked, batch=o.batch, title=title)]
+            stored += found
+            whole = o.out.with_suffix(".json.tmp")
+            whole.write_text(json.dumps({"results": stored}, indent=1), encoding="utf-8")
+            whole.replace(o.out)  # the file is written whole or not at all
+        shown.append(found[0])
+    print(f"{table(shown)}\n\nfigures and completions: {o.out}")
 
 
 def main(argv=None):
-    o = options(argv)
-    fields = {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
+    """The command: its errors are one line and exit status 2."""
+    parser = options()
+    o = parser.parse_args(argv)
     try:
-        problems = {b: data.load_problems(b, **fields, limit=o.limit, benchmark=True) for b in o.benchmarks}
-        evaluations = plan(o, problems)
-        log_path, results = o.out.with_suffix(".jsonl"), []
-        done = read_log(log_path, evaluations)
-        with open(log_path, "a", encoding="utf-8") as log:
-            for model in o.model:
-                policy = None
-                for benchmark in o.benchmarks:
-                    key = model, benchmark
-                    if policy is None and sum(len(line["records"]) for line in done[key].values()) < len(problems[benchmark]):
-                        policy = load_policy(model, o.device, torch.bfloat16 if o.device == "cuda" else torch.float32)
-                    results.append(run(evaluations[key], policy, problems[benchmark], done[key], log))
+        run(o)
     except (UserError, OSError) as error:
-        if (log := o.out.with_suffix(".jsonl")).is_file() and not log.stat().st_size:  # nothing is finished
-            log.unlink()
-        fail(error)
+        parser.error(str(error))
     except torch.OutOfMemoryError:
-        fail(f"out of GPU memory with --batch {o.batch}: lower it, or --max-new-tokens; what is finished is kept")
+        parser.error(f"out of GPU memory with --batch {o.batch}: lower it, or --max-new-tokens")
     except KeyboardInterrupt:
-        sys.exit(print(f"\ninterrupted; the same command continues from {log_path}", file=sys.stderr) or 130)
-    beside = o.out.with_suffix(".json.tmp")
-    beside.write_text(json.dumps({"results": results}, indent=1), encoding="utf-8")
-    beside.replace(o.out)
-    print(f"{tables(results)}\n\nfigures and completions: {o.out}")
+        print(f"\ninterrupted; finished benchmarks are in {o.out}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
