@@ -28,9 +28,11 @@ def entropy(logits):
 
 
 def entropy_of(logp):
-    """The same from log-probabilities (..., V). 0 log 0 = 0, in the gradient too: -inf is clamped, not
-    masked."""
-    return (logp.exp() * -logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    """The same from log-probabilities (..., V).
+
+    0 log 0 = 0, in the gradient too: below the clamp, p is 0 in every precision.
+    """
+    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
 
 
 def cross_entropy(p_logits, q_logits):
