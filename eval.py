@@ -36,6 +36,7 @@ from tqdm import tqdm
 import reward
 import rollout
 from data import EMBEDDED, KNOWN, UserError, encode_prompts, load_problems, one_line
+from options import positive
 from rollout import context, load_policy
 
 # 1. What is measured.
@@ -169,14 +170,14 @@ def options():
     add("--model", nargs="+", required=True, metavar="DIR_OR_HUB_ID", help="each is a row of the table")
     add("--benchmarks", nargs="+", default=["arithmetic_heldout"], metavar="NAME_OR_FILE",
         help=f"{known}; a file; a hub id, as owner/name:config:split (default arithmetic_heldout)")
-    add("--samples", type=int, metavar="N",
+    add("--samples", type=positive(int), metavar="N",
         help=f"completions of each problem (default, as in the paper: 32 for {contests}, else 1)")
     add("--temperature", type=float, metavar="T",
         help=f"0 is greedy (default, as in the paper: 0.6 for {contests}; also with --samples; else 0)")
-    add("--limit", type=int, metavar="N", help="only the first N problems of each benchmark (default all)")
-    add("--max-new-tokens", type=int, metavar="N",
+    add("--limit", type=positive(int), metavar="N", help="only the first N problems of each (default all)")
+    add("--max-new-tokens", type=positive(int), metavar="N",
         help="tokens at which a completion is cut off (default 8192, or 3/4 of a shorter context)")
-    add("--batch", type=int, default=64, metavar="N",
+    add("--batch", type=positive(int), default=64, metavar="N",
         help="completions sampled at a time; lower it if memory runs out (default 64)")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
@@ -186,20 +187,6 @@ def options():
     add("--out", type=Path, default=Path("eval.json"), metavar="FILE.json",
         help="where figures and completions are added (default eval.json)")
     return parser  # fmt: skip
-
-
-def check(o):
-    """Raises UserError for a value that no model and no benchmark could make right."""
-    for name in ("samples", "limit", "max_new_tokens", "batch"):
-        value = getattr(o, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: takes a whole number above 0")
-    if o.temperature is not None and not 0 <= o.temperature < math.inf:
-        raise UserError(f"--temperature {o.temperature}: takes a number of at least 0")
-    if o.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is none here; take cpu")
-    if o.out.suffix != ".json" or not o.out.absolute().parent.is_dir():
-        raise UserError(f"--out {o.out}: takes a name that ends in .json, in a folder that exists")
 
 
 def protocol(benchmark, samples, temperature):
@@ -250,7 +237,12 @@ def holds(result, settings, problems):
 
 def run(o):
     """Every model on every benchmark, one after the other. What FILE.json holds is taken from there."""
-    check(o)
+    if o.temperature is not None and not 0 <= o.temperature < math.inf:
+        raise UserError(f"--temperature {o.temperature}: takes a number of at least 0")
+    if o.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is none here; take cpu")
+    if o.out.suffix != ".json" or not o.out.absolute().parent.is_dir():
+        raise UserError(f"--out {o.out}: takes a name that ends in .json, in a folder that exists")
     problems = {b: load_problems(b, o.prompt_field, o.answer_field, o.limit, True) for b in o.benchmarks}
     plans = [settings for model in dict.fromkeys(o.model) for settings in plan(model, o)]
     stored, shown, policy, loaded = read_results(o.out), [], None, None

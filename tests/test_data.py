@@ -241,8 +241,6 @@ def hub(monkeypatch):
 
     def load_dataset(hub_id, config, split):
         asked.append((hub_id, config, split))
-        if split == "none":
-            raise ValueError('Unknown split "none". Should be one of [\'test\'].\nmore')
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -266,10 +264,6 @@ def test_hub_is_asked_for_config_and_split_by_purpose(hub):
 def test_bad_rows_of_the_hub_are_left_out_and_counted(hub, capsys):
     hub[1].extend([{"problem": "p?", "answer": "1"}, {"problem": "q?", "answer": ""}])
     assert len(load_problems("omni_math")) == 1 and "1 rows without a gold" in capsys.readouterr().err
-
-
-def test_split_that_the_hub_does_not_have_is_named(hub):
-    assert error_of("some/set::none").startswith("some/set (config None, split none): Unknown split")
 
 
 # Prompts as the model reads them.
