@@ -93,8 +93,7 @@ def draw(split, rng, hard):
 
 
 def problems(split, count):
-    """The first `count` problems of a split as (prompt, answer), always the same ones; easy and hard ones
-    alternate."""
+    """The first `count` problems of a split as (prompt, answer), always the same; easy and hard alternate."""
     rng = random.Random(f"arithmetic/{split}")
     prompts = [draw(split, rng, hard=bool(i % 2)) for i in range(count)]
     return [(prompt, answer_of(prompt)) for prompt in prompts]

@@ -213,8 +213,7 @@ def sync(path):
 
 @contextlib.contextmanager
 def whole_or_none(folder):
-    """Removes the folder if what is written within fails, and raises OSError: libraries call a full disk many
-    names."""
+    """If writing fails, removes the folder and raises OSError. Libraries have many names for a full disk."""
     try:
         yield
     except Exception as error:
@@ -232,8 +231,7 @@ def save_model(policy, folder):
 
 
 def save(policy, number, o):
-    """checkpoint/step-NUMBER: all that the next step needs. Called by all processes. OSError if it cannot be
-    written."""
+    """checkpoint/step-NUMBER: all that the next step needs. All processes call it. OSError if it fails."""
     for part in parts(policy).values():
         if hasattr(part, "consolidate_state_dict"):  # sharded: rank 0 collects the state of all
             part.consolidate_state_dict(to=0)

@@ -28,8 +28,7 @@ from entropy import entropy
 
 
 def predicted_entropy_change(logits, delta_logits):
-    """-Cov_{a ~ pi}(log pi(a), delta z(a)), the first-order change of entropy: (..., V), (..., V) ->
-    (...,)."""
+    """-Cov_{a ~ pi}(log pi(a), dz(a)), the first-order change of entropy: (..., V), (..., V) -> (...,)."""
     logp = torch.log_softmax(logits, -1)
     p = logp.exp()
     centred = logp - (p * logp).sum(-1, keepdim=True)
@@ -87,8 +86,7 @@ def top(values, count):
 
 
 def steps_of(logits, direction, sizes):
-    """[(eta, measured dH, predicted dH), ...] of one policy (V,) whose logits move by eta times a direction
-    (V,)."""
+    """[(eta, measured dH, predicted dH), ...] of a policy (V,) whose logits move by eta x direction (V,)."""
     rows = []
     for eta in sizes:
         measured = entropy(logits + eta * direction) - entropy(logits)

@@ -65,8 +65,7 @@ def logp_and_entropy_of(hidden, head, tokens, temperature):
 
 
 def states(model, prompts, completions):
-    """Of all N completion tokens: the hidden states that predict them (N, D), the tokens, their rows and
-    columns, (N,) each."""
+    """Hidden states that predict all N completion tokens (N, D), the tokens, their rows and columns, (N,)."""
     device = model.device
     rows = [p + c for p, c in zip(prompts, completions)]
     width = max(map(len, rows))

@@ -118,8 +118,7 @@ class Tokens:
 
 @dataclass
 class Loss:
-    """What a method returns: the loss of each token, and three sets of tokens for the mean and for the log,
-    all (B, T)."""
+    """What a method returns: the loss of each token and three sets of tokens, all (B, T)."""
 
     token_loss: torch.Tensor
     clipped: torch.Tensor | None = None  # bool: PPO's clip removes their gradient
@@ -143,14 +142,12 @@ def grpo(t, o):
 
 
 def clip_higher(t, o):
-    """Clip-Higher (DAPO, arXiv 2503.14476, eq. 10): grpo with more room upwards for rare tokens, 0.28 against
-    0.2."""
+    """Clip-Higher (DAPO, arXiv 2503.14476, eq. 10): grpo with more room upwards, 0.28, for rare tokens."""
     return grpo(t, o)
 
 
 def clip_cov(t, o):
-    """Clip-Cov (arXiv 2505.22617, section 4): a random few of the tokens of high covariance get no
-    gradient."""
+    """Clip-Cov (arXiv 2505.22617, section 4): a random few tokens of high covariance get no gradient."""
     ppo = grpo(t, o)
     cov = t.covariance.masked_fill(ppo.clipped, -torch.inf)  # a clipped token has no gradient left to remove
     selected = select_clip_cov(cov, t.mask, o.clip_cov_ratio * t.strength, o.cov_low, o.cov_high, t.generator)
@@ -159,8 +156,7 @@ def clip_cov(t, o):
 
 
 def kl_cov(t, o):
-    """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are pulled back to where they
-    were."""
+    """KL-Cov (arXiv 2505.22617, section 4): tokens of highest covariance are pulled back to where they were."""
     selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio)
     penalty = o.kl_cov_beta * t.strength * t.log_ratio.abs()
     return Loss(-t.ratio * t.advantages + torch.where(selected, penalty, 0.0), selected=selected)
@@ -173,21 +169,18 @@ def entropy_bonus(t, o):
 
 
 def kl_ref(t, o):
-    """loss + beta k3, k3 = exp(d) - 1 - d, d = ref_logp - logp (arXiv 2402.03300, eq. 4): near the starting
-    policy."""
+    """loss + beta k3, k3 = exp(d) - 1 - d, d = ref_logp - logp (arXiv 2402.03300, eq. 4)."""
     ppo, d = grpo(t, o), (t.ref_logp - t.logp).clamp(-20, 20)
     return replace(ppo, token_loss=ppo.token_loss + o.kl_ref_beta * (d.exp() - 1 - d))
 
 
 def top_entropy(t, fraction):
-    """True at the round(fraction N) tokens of the mini-batch with the highest entropy when they were
-    sampled."""
+    """True at the round(fraction N) tokens that had the highest entropy when they were sampled."""
     return top(t.old_entropy.masked_fill(~t.mask, -torch.inf), round(fraction * int(t.mask.sum())))
 
 
 def high_entropy(t, o):
-    """Forking tokens only (arXiv 2506.01939, section 5): the tokens of highest entropy, and the mean over
-    these."""
+    """Forking tokens only (arXiv 2506.01939, section 5): those of highest entropy, and the mean over these."""
     kept = top_entropy(t, o.entropy_fraction)
     return replace(grpo(t, o), selected=kept, kept=kept)
 
@@ -212,8 +205,7 @@ NEED_REFERENCE = {"kl_ref", "prime"}  # they compare with the starting policy, w
 
 
 def aggregate(token_loss, mask, count):
-    """Sum of the losses of the tokens that count, over `count`, their number in the whole mini-batch: (B, T)
-    -> scalar."""
+    """Sum of the losses where the mask is 1, over `count`, that of the whole mini-batch: (B, T) -> scalar."""
     return token_loss.masked_fill(~mask.bool(), 0.0).sum() / max(int(count), 1)
 
 
@@ -221,8 +213,7 @@ def aggregate(token_loss, mask, count):
 
 
 def example(p):
-    """The Tokens of one group: three completions of two tokens, the first one right. p: current probabilities
-    (3, 2)."""
+    """The Tokens of a group of three completions, the first one right. p: current probabilities (3, 2)."""
     start = torch.tensor([[0.8, 0.5], [0.9, 0.1], [0.8, 0.3]])
     old = torch.tensor([[0.9, 0.6], [0.9, 0.05], [0.8, 0.3]])
     H = lambda q: -(q * q.log() + (1 - q) * (1 - q).log())  # a vocabulary of two

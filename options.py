@@ -161,8 +161,7 @@ def command_line():
 
 
 def options(argv=None):
-    """The options as used, with the defaults that depend on others, after checking them against each
-    other."""
+    """The options as used. Defaults that depend on other options are filled in, and conflicts refused."""
     parser = command_line()
     try:
         o = parser.parse_args(argv)
@@ -211,8 +210,7 @@ def conflict(o):
 
 
 def check_out(o):
-    """That --out can be a run directory, and is one if there is something to resume. Raises ValueError or
-    OSError."""
+    """Raises ValueError or OSError if --out cannot be a run directory, or holds no run to resume."""
     out = Path(o.out)
     o.out.encode()  # a name that is not UTF-8 could not be written into config.json
     sources = [Path(name).resolve() for name in (o.model, o.data, o.eval_data) if os.path.exists(name)]

@@ -82,8 +82,7 @@ def together(function, *arguments):
 
 
 def leader(function, *arguments):
-    """What function(*arguments) returns in rank 0, which alone calls it. Its OSError or ValueError is raised
-    in all."""
+    """function(*arguments) in rank 0 alone; all get the result, or its OSError or ValueError."""
     result, error = gather(outcome(function, *arguments) if world()[0] == 0 else None)[0]
     if error:
         raise error
@@ -91,8 +90,7 @@ def leader(function, *arguments):
 
 
 def share(function, *lists):
-    """function(*lists) with the work divided: each process does every n-th item, and all get all results in
-    order.
+    """function(*lists), divided: each process does every n-th item; all get all results, in order.
 
     `function` maps lists of one length to a list of that length, and empty lists to an empty one.
     """
@@ -137,8 +135,7 @@ def sum_gradients(model):
 
 
 def adamw(model, lr, shard=False):
-    """AdamW without weight decay. `shard`: each process keeps the moments of its share of the parameters only
-    (ZeRO-1, arXiv 1910.02054)."""
+    """AdamW without weight decay. `shard`: each process keeps a share of the moments (ZeRO-1, 1910.02054)."""
     settings = dict(lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if shard and world()[1] > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # a second of import, and few need it
@@ -167,8 +164,7 @@ def listen():
 
 
 def distinct(prompts, completions):
-    """Indices of the rows that differ, the first of each kind (D,), and the place of each row's kind,
-    (B,)."""
+    """The first row of each kind, as indices (D,), and the place of each row's kind among them, (B,)."""
     first = {}
     rows = [first.setdefault((tuple(p), tuple(c)), i) for i, (p, c) in enumerate(zip(prompts, completions))]
     return torch.tensor(rows).unique(return_inverse=True)

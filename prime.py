@@ -31,8 +31,7 @@ def token_rewards(phi_logp, ref_logp, mask, beta):
 
 
 def outcome_loss(r, outcomes):
-    """Cross-entropy of sigmoid(sum_t r) with the outcomes (B,), mean over the completions, equation 2:
-    scalar."""
+    """Cross-entropy of sigmoid(sum_t r) with the outcomes (B,), mean over completions, equation 2."""
     return binary_cross_entropy_with_logits(r.sum(1), outcomes)
 
 

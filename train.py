@@ -124,17 +124,16 @@ def step(policy, problems, number, o):
 
 
 def generator(o, step, purpose):
-    """A CPU generator. All randomness follows from (seed, step, purpose), so a resumed run needs no saved
-    state."""
+    """A CPU generator. All randomness follows from (seed, step, purpose); no state has to be saved."""
     digest = sha256(f"{o.seed}/{step}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def problems_of_step(problems, rounds, o):
-    """The problems of a step after so many rounds of o.prompts problems: all in random order, then in
-    another, and so on.
+    """The problems of a step that `rounds` rounds of o.prompts problems came before.
 
-    A step is one round, or with --filter-groups up to ROUNDS of them.
+    All problems come in random order, then in another one, and so on. A step takes one round, or with
+    --filter-groups up to ROUNDS.
     """
     first, count = rounds * o.prompts, o.prompts * (ROUNDS if o.filter_groups else 1)
     chosen, order = [], {}
@@ -201,8 +200,7 @@ def refresh(policy):
 
 
 def mini_batches(policy, groups, advantages, o):
-    """The groups as mini-batches, with old log-probs and entropies from the same computation as the
-    update's."""
+    """The groups as mini-batches. Old log-probs are computed as the update will compute them."""
     batches = []
     for i in range(0, len(groups), o.mini_batch):
         some = groups[i : i + o.mini_batch]
@@ -226,8 +224,7 @@ def mini_batches(policy, groups, advantages, o):
 
 
 def update(policy, batch, choice, strength, first, o):
-    """One mini-batch: covariance -> selection -> loss -> update. Returns its Tokens, its Loss, and what is
-    logged."""
+    """One mini-batch: covariance -> selection -> loss -> update. Returns Tokens, Loss, and a log of numbers."""
     logp, entropy = parallel.score(policy.model, batch, o.temperature, o)
     if first and not torch.equal(logp.nan_to_num(), batch.old_logp.nan_to_num()):
         raise RuntimeError("the first ratio is not 1: old and new log-probs come from different computations")
@@ -291,6 +288,8 @@ def load(o, source=None):
         policy.prm = ProcessRewardModel(o)
     if o.gradient_checkpointing:
         recompute(model, o)
+        if policy.prm:
+            recompute(policy.prm.model, o)
     if world()[0] == 0:
         size = sum(p.numel() for p in model.parameters())
         too_long = len(encoded) - len(problems)
@@ -313,8 +312,7 @@ def encode(tokenizer, problems, most):
 
 
 def sampling_copy(model, o):
-    """What rollouts are drawn from. On a GPU, reading the weights takes most of the time, so it is a copy in
-    bf16."""
+    """What samples: on a GPU a copy in bf16, since reading the weights takes most of the time."""
     if o.device != "cuda":
         return model
     sampler = copy.deepcopy(model)
@@ -412,8 +410,7 @@ def train(o, received=()):
 
 
 def finish(policy, greedy, sampled, lines, seconds, o):
-    """model/, curves.png and final.json, and a line that says what happened. greedy, sampled: rewards (P,
-    n)."""
+    """model/, curves.png, final.json, and a line that says what happened. greedy, sampled: rewards (P, n)."""
     once, passed, key = sampled.mean().item(), sampled.amax(1).mean().item(), str(o.final_samples)
     final = {"accuracy": greedy.mean().item(), "accuracy_sampled": once, "pass_at": {"1": once, key: passed}}
     checkpoint.save_model(policy, Path(o.out) / "model")
