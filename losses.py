@@ -156,7 +156,7 @@ def clip_cov(t, o):
 
 
 def kl_cov(t, o):
-    """KL-Cov (arXiv 2505.22617, section 4): tokens of highest covariance are pulled back to where they were."""
+    """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are pulled back."""
     selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio)
     penalty = o.kl_cov_beta * t.strength * t.log_ratio.abs()
     return Loss(-t.ratio * t.advantages + torch.where(selected, penalty, 0.0), selected=selected)
@@ -180,7 +180,7 @@ def top_entropy(t, fraction):
 
 
 def high_entropy(t, o):
-    """Forking tokens only (arXiv 2506.01939, section 5): those of highest entropy, and the mean over these."""
+    """Forking tokens only (arXiv 2506.01939, section 5): those of highest entropy."""
     kept = top_entropy(t, o.entropy_fraction)
     return replace(grpo(t, o), selected=kept, kept=kept)
 

@@ -224,7 +224,7 @@ def mini_batches(policy, groups, advantages, o):
 
 
 def update(policy, batch, choice, strength, first, o):
-    """One mini-batch: covariance -> selection -> loss -> update. Returns Tokens, Loss, and a log of numbers."""
+    """One mini-batch: covariance -> selection -> loss -> update. Returns Tokens, Loss and a log."""
     logp, entropy = parallel.score(policy.model, batch, o.temperature, o)
     if first and not torch.equal(logp.nan_to_num(), batch.old_logp.nan_to_num()):
         raise RuntimeError("the first ratio is not 1: old and new log-probs come from different computations")
