@@ -264,8 +264,9 @@ def load(o, source=None):
     source: a checkpoint to load the model from, instead of --model. All that can be wrong with model and data
     is found here, before the run directory is touched; then UserError.
     """
-    train = load_problems(o, o.data)
-    held_out = load_problems(o, o.eval_data, limit=o.eval_limit, benchmark=True)
+    fields = o.prompt_field, o.answer_field
+    train = data.load_problems(o.data, *fields)
+    held_out = data.load_problems(o.eval_data, *fields, limit=o.eval_limit, benchmark=True)
     train, overlap = data.drop_overlap(train, held_out)
     if not train:
         raise UserError(f"--data {o.data}: no problem is left, all {overlap} are held-out problems as well")
@@ -296,13 +297,6 @@ def load(o, source=None):
         print(f"{o.method}: {size:,} parameters on {o.device}, {len(problems):,} problems ({overlap} dropped "
               f"as held-out, {too_long} as too long), {len(held_out)} held out")
     return policy, problems, encode(tokenizer, held_out, room)
-
-
-def load_problems(o, name, **more):
-    """data.load_problems with --prompt-field and --answer-field where the set is not a known one."""
-    if name not in data.KNOWN:
-        more |= {"prompt_field": o.prompt_field, "answer_field": o.answer_field}
-    return data.load_problems(name, **more)
 
 
 def encode(tokenizer, problems, most):
