@@ -165,8 +165,9 @@ def options(argv=None):
     parser = command_line()
     try:
         o = parser.parse_args(argv)
-    except (RecursionError, UnicodeDecodeError) as error:
-        parser.error(f"a file of options includes itself or is not UTF-8: {type(error).__name__}")
+    except (RecursionError, UnicodeDecodeError):
+        files = " ".join(word for word in argv or sys.argv if word.startswith("@"))
+        parser.error(f"{files}: a file of options includes itself or is not UTF-8")
     low, high = {"clip_higher": (0.2, 0.28), "clip_cov": (1.0, 1.0)}.get(o.method, (0.2, 0.2))
     o.clip_low, o.clip_high = o.clip_low or low, o.clip_high or high
     o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)

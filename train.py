@@ -275,7 +275,8 @@ def load(o, source=None):
     room = context - o.max_new_tokens
     if room <= 0:
         raise UserError(f"--max-new-tokens {o.max_new_tokens}: takes less than the {context} of the model")
-    encoded = encode(tokenizer, train, min(o.max_prompt_tokens, room))
+    held_out = encode(tokenizer, held_out, room, f"--eval-data {o.eval_data}")
+    encoded = encode(tokenizer, train, min(o.max_prompt_tokens, room), f"--data {o.data}")
     problems = [(ids, answer) for ids, answer in encoded if ids]
     if not problems:
         raise UserError(f"--model {o.model}: its tokenizer and chat template leave nothing of a prompt")
@@ -296,12 +297,15 @@ def load(o, source=None):
         too_long = len(encoded) - len(problems)
         print(f"{o.method}: {size:,} parameters on {o.device}, {len(problems):,} problems ({overlap} dropped "
               f"as held-out, {too_long} as too long), {len(held_out)} held out")
-    return policy, problems, encode(tokenizer, held_out, room)
+    return policy, problems, held_out
 
 
-def encode(tokenizer, problems, most):
-    """[(prompt ids, or None if they are more than `most`; answer), ...]"""
-    ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], most)
+def encode(tokenizer, problems, most, option):
+    """[(prompt ids, or None if they are more than `most`; answer), ...]. `option` is named in errors."""
+    try:
+        ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], most)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
     return list(zip(ids, [answer for _, answer in problems]))
 
 
