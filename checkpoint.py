@@ -359,10 +359,13 @@ def restore(policy, folder):
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         for name, part in parts(policy).items():
             part.load_state_dict(state[name])
-            for p, moments in getattr(part, "state", {}).items():
+            own = getattr(part, "optim", part)  # of a sharded optimizer: what this process keeps
+            for p, moments in getattr(own, "state", {}).items():
                 moments["step"] = moments["step"].to(p.device)  # fused AdamW wants it there
                 if moments["exp_avg"].shape != p.shape:
                     raise ValueError("moments of another shape")
+            if own is not part:
+                part.state.clear()  # a second copy of the same moments
     except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--resume: {folder} does not fit ({what}); begin anew with --overwrite") from error
