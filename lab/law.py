@@ -43,12 +43,13 @@ ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)  # of a 95% interval
 
 
 def report(out, name, text, data, figure):
-    """Writes OUT/NAME.md, OUT/NAME.png and OUT/data/NAME.json, and prints the text."""
+    """Writes OUT/NAME.png, OUT/data/NAME.json (without data: none) and OUT/NAME.md; prints the text."""
     out = Path(out)
     (out / "data").mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text(text)
-    (out / "data" / f"{name}.json").write_text(json.dumps(data) + "\n")
     figure.savefig(out / f"{name}.png", dpi=100)
+    if data is not None:
+        (out / "data" / f"{name}.json").write_text(json.dumps(data) + "\n")
+    (out / f"{name}.md").write_text(text)
     print(text)
 
 
@@ -63,14 +64,14 @@ def markdown(head, rows):
 # ---------------------------------------------------------------- the law of one run
 
 
-def points(steps, key="reward"):
+def points(steps, key="reward", run="the run"):
     """(H, R) of the steps that have both: (N,) each, float64. UserError for too few, or a constant H."""
     known = [(s["entropy"], s[key]) for s in steps if s.get("entropy") is not None and s.get(key) is not None]
     if len(known) < 2 * WIDTH:
-        raise UserError(f"{len(known)} steps have entropy and {key}; a fit needs {2 * WIDTH} or more")
+        raise UserError(f"{run}: {len(known)} steps have entropy and {key}; a fit needs {2 * WIDTH}")
     H, R = torch.tensor(known, dtype=torch.float64).T
     if H.min() == H.max():
-        raise UserError("the entropy never changes, so there is nothing to fit")
+        raise UserError(f"{run}: the entropy never changes, so there is nothing to fit")
     return H, R
 
 
@@ -196,28 +197,23 @@ def number(x, ends=None):
     return text if ends is None else f"{text} [{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
-def law_table(fits):
-    """fits: {label: fit(...)} -> markdown."""
-    rows = []
-    for label, w in fits.items():
+def tables(found):
+    """The figures as markdown. found: data/law.json, a dict with "fits", "forecasts" and "above"."""
+    fits, above_rows = [], []
+    for run, w in found["fits"].items():
         values = [number(w[key], w["interval"][key]) for key in ("a", "b", "ceiling")]
-        rows.append([label, *values, *map(number, w["r2"].values()), number(w["possible"])])
-    return markdown(["run", "a", "b", "ceiling", *(f"R^2, {name}" for name in FORMS), "possible"], rows)
-
-
-def forecast_table(forecasts):
-    """forecasts: {run: [predicted R of each part in EARLY, measured R]} -> markdown."""
-    rows = [[run, *map(number, values)] for run, values in forecasts.items()]
-    return markdown(["R at the end of", *(f"from {part:.0%}" for part in EARLY), "measured"], rows)
-
-
-def above_table(comparison):
-    """comparison: compare(...) -> markdown."""
-    rows = []
-    for label, found in comparison.items():
-        cells = ["-" if x is None else number(x["mean"], x["interval"]) for x in found.values()]
-        rows.append([label, found["end"]["runs"], *cells])
-    return markdown(["above the law of the baseline", "runs", "at equal H", "end - ceiling"], rows)
+        fits.append([run, *values, *map(number, w["r2"].values()), number(w["possible"])])
+    forecasts = [[run, *map(number, values)] for run, values in found["forecasts"].items()]
+    for label, w in found["above"].items():
+        cells = ["-" if x is None else number(x["mean"], x["interval"]) for x in w.values()]
+        above_rows.append([label, w["end"]["runs"], *cells])
+    forms, parts = [f"R^2, {name}" for name in FORMS], [f"from {part:.0%}" for part in EARLY]
+    text = markdown(["run", "a", "b", "ceiling", *forms, "possible"], fits)
+    text += "\n" + markdown(["R at the end of", *parts, "measured"], forecasts)
+    if above_rows:
+        head = ["above the law of the baseline", "runs", "at equal H", "end - ceiling"]
+        text += "\n" + markdown(head, above_rows)
+    return text
 
 
 def draw(groups, fitted):
@@ -248,40 +244,33 @@ def draw(groups, fitted):
     return figure
 
 
-def read(run, key):
-    """(method, (H, R)) of a run directory. UserError names the run."""
-    config, steps = plot.read_run(run)
-    try:
-        return config["method"], points(steps, key)
-    except UserError as error:
-        raise UserError(f"{run}: {error}") from None
-
-
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(prog="python -m lab.law", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py")
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="runs of the baseline")
     parser.add_argument("--of", default="reward", metavar="KEY", help="R in metrics.jsonl (default reward)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default figures)")
-    o = parser.parse_args(argv)
+    o = parser.parse_args()
+    found, groups, baseline = {"of": o.of, "fits": {}, "forecasts": {}, "above": {}}, {}, []
     try:
-        found = {run: read(run, o.of) for run in [*o.against, *o.runs]}
-        groups, forecasts = {}, {}
-        for run, (method, (H, R)) in found.items():
-            label = f"{method}, baseline" if run in o.against else method
+        for run in [*o.against, *o.runs]:
+            config, steps = plot.read_run(run)
+            H, R = points(steps, o.of, run)
+            found["fits"][run] = fit([(H, R)])
+            found["forecasts"][run] = [*(forecast(H, R, part) for part in EARLY), last_tenth(R).mean().item()]
+            label = config["method"]
+            if run in o.against:
+                label += ", baseline"
+                baseline.append((H, R))
             groups.setdefault(label, []).append((H, R))
-            forecasts[run] = [*(forecast(H, R, part) for part in EARLY), last_tenth(R).mean().item()]
-        fits = {run: fit([run_points]) for run, (_, run_points) in found.items()}
-        fits |= {f"all of {label}": fit(runs) for label, runs in groups.items() if len(runs) > 1}
-        data = {"of": o.of, "fits": fits, "forecasts": forecasts}
-        text = f"{law_table(fits)}\n{forecast_table(forecasts)}"
-        fitted = list(groups)
-        if o.against:
-            data["above"] = compare(groups, [found[run][1] for run in o.against])
-            text += "\n" + above_table(data["above"])
-            fitted = [label for label in groups if label.endswith("baseline")]
-        report(o.out, "law", text, data, draw(groups, fitted))
+        for label, runs in groups.items():
+            if len(runs) > 1:
+                found["fits"][f"all of {label}"] = fit(runs)
+        if baseline:
+            found["above"] = compare(groups, baseline)
+        fitted = [label for label in groups if label.endswith("baseline") or not baseline]
+        report(o.out, "law", tables(found), found, draw(groups, fitted))
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.law: error: {error}\n")
 

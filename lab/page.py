@@ -4,7 +4,7 @@
 
 The page shows completions of samples.jsonl: those of the first and of the last logged step. Each token is
 coloured by its entropy, its covariance, its advantage, or by whether the method selected it; its title holds
-the values. Below stand the tokens with the highest mean entropy and covariance, early and late in training.
+the values.
 
 The page is a single file. It contains no script and loads nothing, and its content security policy forbids
 both. Text of the model is escaped: HTML in a completion is shown as text. Radio buttons and CSS choose the
@@ -17,7 +17,6 @@ import json
 import math
 from html import escape
 from pathlib import Path
-from statistics import fmean
 from string import Template
 
 import plot
@@ -76,11 +75,6 @@ $curves
 the method selected are underlined. Point at a token for its values.</p>
 <fieldset><legend>Colour the tokens by</legend>$radios</fieldset>
 <div class="columns">$completions</div>
-<h2>Which tokens carry it</h2>
-<p>Means over the completions in samples.jsonl, of the first and of the last third of the logged steps. A
-token of high entropy is a fork: there the policy decides. Tokens of high covariance drive the entropy
-down.</p>
-<div class="columns">$tables</div>
 </body></html>
 """)
 
@@ -157,35 +151,11 @@ def completion_html(line, scale):
     return f'{head}<p class="prompt">{visible(line["prompt"])}</p><p>{tokens}</p></article>'
 
 
-def token_means(samples, key, least):
-    """[(token, mean, count)] of the tokens that occur at least `least` times, highest mean first."""
-    values = {}
-    for line in samples:
-        for token, v in token_values(line):
-            if v[key] is not None:
-                values.setdefault(token, []).append(v[key])
-    means = [(token, fmean(v), len(v)) for token, v in values.items() if len(v) >= least]
-    return sorted(means, key=lambda row: row[1], reverse=True)
-
-
-def token_table(samples, key, when, top=12):
-    """The tokens with the highest mean of a quantity, as a table."""
-    least = max(2, sum(len(line["tokens"]) for line in samples) // 2000)
-    first, last = samples[0]["step"], samples[-1]["step"]
-    caption = f"{when}, steps {first} to {last}; tokens that occur {least} times or more"
-    rows = f"<tr><th>token<th>mean {key}<th>times"
-    for token, mean, count in token_means(samples, key, least)[:top]:
-        rows += f"<tr><th><code>{visible(token).replace(' ', '␣')}</code><td>{number(mean)}<td>{count}"
-    return f"<section><h4>{caption}</h4><table>{rows}</table></section>"
-
-
 def page(config, samples, curves=None):
     """The page as text, from config.json, the lines of samples.jsonl, and the bytes of curves.png or None."""
-    steps = sorted({line["step"] for line in samples})
-    third = -(-len(steps) // 3)
-    early = [line for line in samples if line["step"] in steps[:third]]
-    late = [line for line in samples if line["step"] in steps[-third:]]
-    columns = {step: [line for line in samples if line["step"] == step] for step in (steps[0], steps[-1])}
+    columns = {}
+    for step in (samples[0]["step"], samples[-1]["step"]):
+        columns[step] = [line for line in samples if line["step"] == step]
     scale = largest([line for lines in columns.values() for line in lines])
     completions = ""
     for step, lines in columns.items():
@@ -195,9 +165,6 @@ def page(config, samples, curves=None):
     for key, label in QUANTITIES.items():
         checked = " checked" if key == "entropy" else ""
         radios += f'<label><input type="radio" name="by" id="by-{key}"{checked}> {label}</label>'
-    tables = ""
-    for key in ("entropy", "covariance"):
-        tables += token_table(early, key, "early") + token_table(late, key, "late")
     image = "<p>No curves.png yet: <code>python plot.py</code> draws it.</p>"
     if curves is not None:
         data = base64.b64encode(curves).decode()
@@ -205,7 +172,7 @@ def page(config, samples, curves=None):
     options = "".join(f"<tr><th>{escape(str(key))}<td>{escape(str(value))}" for key, value in config.items())
     title = escape(f"{config['method']}, seed {config.get('seed')}")
     return PAGE.substitute(title=title, options=options, curves=image, radios=radios,
-                           completions=completions, tables=tables)  # fmt: skip
+                           completions=completions)  # fmt: skip
 
 
 def write(run_dir):

@@ -1,18 +1,16 @@
-"""Studies: the same training many times, with other seeds and other methods, and a table in which every run is shown.
+"""Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
-    python study.py phenomenon             all runs of a study, then results/phenomenon.md, .json and .png
-    python study.py phenomenon --seeds 1 2 fewer seeds         --table        only the table, from the runs that are there
-    python study.py shares                 other starting policies: those in which the right strategy is rarer or more common
-    python study.py sizes                  and those with fewer or more parameters; starting.py says what is made of these two
-    python study.py theorem                the theorem over whole runs: theorem.py
+    python -m lab.study phenomenon       all runs, then results/phenomenon.md, .png and data/phenomenon.json
+    python -m lab.study methods          every method; `estimators`: every estimator of the advantage
+    python -m lab.study shares           starting policies in which the right strategy is rarer or more common
+    python -m lab.study NAME --table     no runs: tables and picture again, from data/NAME.json
 
-A run is a process of its own with one thread, as many at a time as there are cores. A study may be
-interrupted at any time; the same command goes on with the runs that are missing. A starting policy other than
-the embedded one is made by warmstart.py before the runs that need it.
+A run is a process with one thread; as many run at a time as there are cores. A study may be stopped at any
+time; the same command continues it. Studies with a row in common share its runs, in runs/study/.
 
-The window: of each seed, the 20 steps after the entropy of *its* GRPO run has first fallen to a tenth of
-where it started. There the entropies of a method and of GRPO are compared, as means over the window. "In a fifth of
-the tokens" is the share of all entropy that the fifth with the highest holds, in the completions logged in the first 20 steps.
+The baseline of a run has the same seed and is the first row with the same starting policy. The window is the 20
+steps after the baseline's entropy has fallen to a tenth of its first value. `ratio` compares the entropy of a
+run with that of its baseline in the window.
 """
 
 import argparse
@@ -21,210 +19,320 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 import data
 import eval as evaluation
 import losses
-from lab import page
 import plot
-from lab import starting
-from lab import theorem
+from arithmetic import chain_of_thought, correct, leftmost
+from lab.law import markdown, report
+from lab.page import read_samples
 from rollout import TINY, load_policy
 
-HERE = Path(__file__).parents[1]
-WINDOW = 20
+ROOT = Path(__file__).parents[1]
+WINDOW = 20  # steps
 
-# Bases: what warmstart.py is told, to make starting policies from the most common right strategy to the rarest, and of four sizes.
-# Rows: what train.py is told, and after the comma maybe the base. Studies: their seeds, none of which served for tuning, and their rows.
-BASES = {
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a training that is repeated with every seed of the study."""
+
+    name: str  # in tables, in pictures and of the run directories
+    method: str
+    options: str = ""  # further options
+    base: str = "tiny"  # the starting policy: tiny/, or a key of BASES
+    program: str = "train.py"  # or "-m lab.NAME": a module that adds to losses.METHODS and calls train.main
+
+
+BASES = {  # other starting policies: the options of lab/warmstart.py that make them
     "share 0.3": "--share 0.3",
     "share 0.05": "--share 0.05",
     "share 0.005": "--share 0.005",
     "share 0.0001": "--share 0.0001 --wander 0.002",
-    "hidden 40": "--hidden 40",
-    "hidden 128": "--hidden 128",
-    "hidden 256": "--hidden 256",
 }
-ROWS = (
-    {name: f"--method grpo --advantage {name}" for name in losses.ESTIMATORS}
-    | {method: f"--method {method}" for method in losses.METHODS}
-    | {
-        "grpo, clip 1.0": "--method grpo --clip-low 1 --clip-high 1",
-        "grpo, 400 steps": "--method grpo --steps 400",
-        "kl_cov, beta 1": "--method kl_cov --kl-cov-ratio 0.02 --kl-cov-beta 1",
-        "kl_cov, 16 mini-batches": "--method kl_cov --kl-cov-ratio 0.02 --kl-cov-beta 1 --mini-batch 4",
-        "kl_cov, 2 passes": "--method kl_cov --kl-cov-ratio 0.005 --kl-cov-beta 1 --passes 2",
-        "kl_cov, 400 steps": "--method kl_cov --steps 400",
-        "entropy_bonus, 0.005": "--method entropy_bonus --entropy-coef 0.005",
-        "kl_ref, 0.01": "--method kl_ref --kl-ref-beta 0.01",
-    }
-    | {f"{method}, {base}": f"--method {method} --steps 100 --eval-every 20" for method in starting.METHODS for base in BASES if "share" in base}
-    | {f"{method}, theorem": f"--method {method} --steps 100 --check-theorem" for method in starting.METHODS}
-    | {f"grpo, {base}": f"--method grpo --steps 100 --lr {3e-4 * 64 / int(base.split()[1]):.3g}" for base in BASES if "hidden" in base}
-)
-STUDIES = {
-    "phenomenon": (range(51, 59), ["grpo", "clip_cov", "kl_cov", "grpo, clip 1.0"]),
-    "kl_cov": (range(51, 54), ["grpo", "grpo, 400 steps", "kl_cov", "kl_cov, beta 1", "kl_cov, 16 mini-batches", "kl_cov, 2 passes", "kl_cov, 400 steps"]),
-    "methods": (range(51, 56), list(losses.METHODS)),
-    "weights": (range(51, 56), ["grpo", "entropy_bonus, 0.005", "entropy_bonus", "kl_ref, 0.01", "kl_ref"]),
-    "estimators": (range(51, 56), list(losses.ESTIMATORS)),
-    "shares": (range(51, 56), [*starting.METHODS, *(row for row in ROWS if "share" in row)]),
-    "sizes": (range(51, 54), ["grpo", *(row for row in ROWS if "hidden" in row)]),
-    "theorem": (range(51, 54), [row for row in ROWS if "theorem" in row]),
-}
+COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
+STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
+    "phenomenon": (range(51, 59), [*(Row(m, m) for m in COV),
+                                   Row("grpo, clip 1.0", "grpo", "--clip-low 1 --clip-high 1")]),
+    "methods": (range(51, 56), [Row(m, m) for m in losses.METHODS]),
+    "estimators": (range(51, 56), [Row(e, "grpo", f"--advantage {e}") for e in losses.ESTIMATORS]),
+    "shares": (range(51, 56), [Row(f"{m}, {b}", m, "--steps 100", b) for b in ("tiny", *BASES) for m in COV]),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- runs
 
 
 def place(name):
-    """Where a run or a base is kept."""
-    return HERE / "runs" / "study" / name.replace(", ", "_").replace(" ", "")
+    """Where a run or a starting policy is kept."""
+    return ROOT / "runs" / "study" / name.replace(", ", "-").replace(" ", "")
 
 
-def directory(row, seed):
-    """Where a run is kept; studies with a row in common share its runs."""
-    return place(f"{row}-s{seed}")
+def folder_of(base):
+    """The folder of a starting policy."""
+    return place(base) if base in BASES else Path(TINY)
 
 
 def process(*command):
-    """A Python process with one thread and its last line: of what it says, or of what it complains about."""
+    """Runs Python with one thread and prints the last line of its output, or of its error."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, cwd=HERE)
-    print((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1], flush=True)
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    text = done.stdout if done.returncode == 0 else done.stderr
+    print((text.strip() or f"{command[1]} printed nothing").splitlines()[-1], flush=True)
 
 
 def make_base(base):
-    """The starting policy of that name, unless it is there."""
-    if not place(base).exists():
-        process("-m", "lab.warmstart", *BASES[base].split(), "--out", place(base + " new"))
-        place(base + " new").rename(place(base))
+    """Makes a starting policy, unless it is there."""
+    if not folder_of(base).exists():
+        new = place(f"{base} new")
+        process("-m", "lab.warmstart", *BASES[base].split(), "--out", new)
+        new.rename(place(base))
 
 
 def run(row, seed):
     """One run, or what is missing of it."""
-    out, base = directory(row, seed), starting.base_of(row)
+    out = place(f"{row.name}-s{seed}")
     if not (out / "final.json").exists():
-        model = ["--model", place(base)] if base in BASES else []
-        resume = ["--resume"] if (out / "checkpoint").is_dir() else ["--overwrite"]
-        process(HERE / "train.py", *ROWS[row].split(), *model, "--device", "cpu", "--seed", seed, "--out", out, *resume)
+        again = "--resume" if (out / "checkpoint").is_dir() else "--overwrite"
+        process(*row.program.split(), "--method", row.method, *row.options.split(), "--device", "cpu",
+                "--model", folder_of(row.base), "--seed", seed, "--out", out, again)  # fmt: skip
+
+
+# ---------------------------------------------------------------- figures
+
+
+def follows(prompt, response, strategy):
+    """Whether every line of a chain of thought joins the pair that the strategy chooses, slips aside."""
+    line = prompt.rstrip("=")
+    for new in response.split("=")[:-1]:
+        i = 2 * strategy(line[1::2])
+        if len(new) != len(line) - 2 or new[:i] != line[:i] or new[i + 1 :] != line[i + 3 :]:
+            return False
+        line = new
+    return len(line) == 3  # one pair is left for the box
+
+
+def starting_policy(folder):
+    """Accuracies of a starting policy on the held-out problems, and its share of the right strategy.
+
+    The share is that of the sampled chains that respect precedence, on problems where the habit does not.
+    """
+    policy, problems = load_policy(str(folder)), data.load_problems("arithmetic_heldout")
+    greedy = evaluation.evaluate(*policy, problems, 1, 0.0, 40, batch=512)
+    sampled = evaluation.evaluate(*policy, problems, 32, 1.0, 40, batch=2048)
+    followed = []
+    for record in sampled["completions"]:
+        prompt = record["prompt"]
+        if not follows(prompt, chain_of_thought(prompt, leftmost), correct):
+            followed += [follows(prompt, response, correct) for response in record["responses"]]
+    return {"share": fmean(followed), "greedy": greedy["accuracy"], "sampled": sampled["accuracy"],
+            "pass@32": sampled["pass"]["32"]}  # fmt: skip
 
 
 def collapse(entropy):
-    """Index of the first step at which the entropy is at most a tenth of the first one, or None."""
-    return next((i for i, H in enumerate(entropy) if H <= entropy[0] / 10), None)
+    """The first step (from 0) whose entropy is at most a tenth of the first one, or None."""
+    for step, H in enumerate(entropy):
+        if H <= entropy[0] / 10:
+            return step
+    return None
 
 
 def top_fifth(samples):
-    """The share of the entropy that the fifth of the tokens with the highest entropy holds (the forks of arXiv 2506.01939, figure 2)."""
+    """The share of all entropy that the fifth of the tokens with the highest entropy holds (2506.01939)."""
     entropy = sorted((H for line in samples for H in line["entropy"]), reverse=True)
     return sum(entropy[: len(entropy) // 5]) / sum(entropy)
 
 
-def measure(row, seed):
-    """The figures of one run, as they stand in the table. Its window is that of GRPO from the same starting policy."""
-    _, steps = plot.read_run(directory(row, seed))
-    base = starting.base_of(row)
-    reference = [s["entropy"] for s in plot.read_run(directory(f"grpo, {base}" if base in BASES else "grpo", seed))[1]]
-    entropy = [s["entropy"] for s in steps]
-    final = json.loads((directory(row, seed) / "final.json").read_text())
+def measure(run_dir, baseline):
+    """The figures of one run. baseline: the run directory of the baseline with the same seed."""
+    steps, final = plot.read_run(run_dir)[1], json.loads((run_dir / "final.json").read_text())
+    reference = [line["entropy"] for line in plot.read_run(baseline)[1]]
+    entropy = [line["entropy"] for line in steps]
+    early = [line for line in read_samples(run_dir) if line["step"] <= WINDOW]
+    figures = {"first": entropy[0], "fell": collapse(entropy), "window": None, "ratio": None,
+               "last": fmean(entropy[-10:]), "top fifth": top_fifth(early), "accuracy": final["accuracy"],
+               "sampled": final["accuracy_sampled"], "pass@32": final["pass_at"]["32"]}  # fmt: skip
     start = collapse(reference)
-    mean = lambda H: fmean(H[start : start + WINDOW])
-    return {
-        "seed": seed,
-        "entropy_start": entropy[0],
-        "collapse_step": None if collapse(entropy) is None else collapse(entropy) + 1,
-        "entropy_window": None if start is None else mean(entropy),
-        "entropy_ratio": None if start is None else mean(entropy) / mean(reference),
-        "entropy_end": fmean(entropy[-10:]),
-        "entropy_min": min(entropy),
-        "top_fifth": top_fifth([line for line in page.read_samples(directory(row, seed)) if line["step"] <= WINDOW]),
-        "accuracy": final["accuracy"],
-        "accuracy_sampled": final["accuracy_sampled"],
-        "pass": final["pass_at"][max(final["pass_at"], key=int)],
-        "seconds": sum(s["seconds"]["total"] for s in steps),
-        "curve": {k: [None if s.get(k) is None else float(f"{s[k]:.4g}") for s in steps]
-                  for k in ("entropy", "reward", "covariance", "accuracy", "accuracy_sampled")},
-    }  # fmt: skip
+    if start is not None:
+        figures["window"] = fmean(entropy[start : start + WINDOW])
+        figures["ratio"] = figures["window"] / fmean(reference[start : start + WINDOW])
+    for key in ("entropy", "reward", "accuracy"):
+        curve = [[line["step"], line[key]] for line in steps if line.get(key) is not None]
+        figures[f"curve of {key}"] = curve
+    return figures
 
 
-def starting_policy(samples=32):
-    """Greedy and sampled accuracy and pass@32 of the policy that all runs start from: one line."""
-    policy = load_policy(TINY)
-    problems = data.load_problems("arithmetic_heldout")
-    greedy, sampled = (evaluation.evaluate(*policy, problems, n, t, 40, batch=4096) for n, t in ((1, 0.0), (samples, 1.0)))
-    return (f"The starting policy: greedy {greedy['accuracy']:.1%}, sampled {sampled['accuracy']:.1%}, "
-            f"pass@{samples} {sampled['pass'][str(samples)]:.1%}.")  # fmt: skip
+def collect(study, rows, seeds):
+    """data/STUDY.json: the starting policies, and every row with the figures of its complete runs."""
+    bases = {row.base: starting_policy(folder_of(row.base)) for row in rows}
+    found = {"study": study, "bases": bases, "rows": []}
+    for row in rows:
+        runs = []
+        for seed in seeds:
+            baseline = next(other for other in rows if other.base == row.base)
+            out, reference = place(f"{row.name}-s{seed}"), place(f"{baseline.name}-s{seed}")
+            if (out / "final.json").exists() and (reference / "final.json").exists():
+                runs.append({"seed": seed} | measure(out, reference))
+        if runs:
+            found["rows"].append(asdict(row) | {"runs": runs})
+    return found
 
 
-COLUMNS = {
-    "entropy, first step": ("entropy_start", "{:.3f}"),
-    "falls to a tenth at step": ("collapse_step", "{:.0f}"),
-    "in the window": ("entropy_window", "{:.3f}"),
-    "against grpo's": ("entropy_ratio", "{:.1f}"),
-    "last 10 steps": ("entropy_end", "{:.3f}"),
-    "in a fifth of the tokens": ("top_fifth", "{:.0%}"),
-    "accuracy, greedy": ("accuracy", "{:.1%}"),
-    "sampled": ("accuracy_sampled", "{:.1%}"),
-    "pass@32": ("pass", "{:.1%}"),
-    "seconds": ("seconds", "{:.0f}"),
-}
+# ---------------------------------------------------------------- tables and pictures
 
 
-def table(results):
-    """Markdown: a line for every run, then means and standard deviations over the seeds."""
-    cell = lambda form, x: "-" if x is None else form.format(x)
-    head = ["run", "seed", *COLUMNS]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row, runs in results.items():
-        for r in runs:
-            lines.append("| " + " | ".join([row, str(r["seed"]), *(cell(f, r[k]) for k, f in COLUMNS.values())]) + " |")
-    summary = ["| " + " | ".join(["mean +- standard deviation", "seeds", *COLUMNS]) + " |", "|" + "---|" * len(head)]
-    for row, runs in results.items():
-        cells = []
-        for key, form in COLUMNS.values():
-            values = [r[key] for r in runs if r[key] is not None]
-            spread = f" +- {form.format(stdev(values))}" if len(values) > 1 else ""
-            cells.append(form.format(fmean(values)) + spread if values else "-")
-        summary.append("| " + " | ".join([row, str(len(runs)), *cells]) + " |")
-    return "\n".join(summary + [""] + lines) + "\n"
+def known(row, key):
+    """The known values of one figure over the runs of a row."""
+    return [run[key] for run in row["runs"] if run[key] is not None]
+
+
+def mean(row, key, form):
+    """The mean of a figure over the runs, or a dash."""
+    values = known(row, key)
+    return form.format(fmean(values)) if values else "-"
+
+
+def tables(found):
+    """The starting policies, the accuracies and the entropies, as markdown."""
+    bases, accuracies, entropies = [], [], []
+    for base, policy in found["bases"].items():
+        bases.append([base, *(f"{x:.2%}" for x in policy.values())])
+    for row in found["rows"]:
+        greedy, fell, runs = known(row, "accuracy"), known(row, "fell"), row["runs"]
+        every = " ".join(f"{100 * x:.0f}" for x in greedy)
+        accuracies.append([row["name"], every, f"{fmean(greedy):.1%}", f"{median(greedy):.1%}",
+                           mean(row, "sampled", "{:.1%}"), mean(row, "pass@32", "{:.1%}")])  # fmt: skip
+        when = f"{len(fell)} of {len(runs)}" + (f", step {median(fell) + 1:.0f}" if fell else "")
+        entropies.append([row["name"], *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
+                          mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}")])  # fmt: skip
+    seeds = " ".join(str(run["seed"]) for run in found["rows"][0]["runs"])
+    return "\n".join([
+        f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
+        f"Seeds: {seeds}\n",
+        markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
+        markdown(["run", "greedy, each seed, %", "mean", "median", "sampled", "pass@32"], accuracies),
+        markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
+                  "in the top fifth"], entropies),
+    ])  # fmt: skip
+
+
+def colour_of(row, i):
+    """The colour of a row: that of its method, or the next one if its name begins with no method."""
+    return plot.COLOURS.get(row["name"].split(",")[0], f"C{i}")
+
+
+def accuracy_axis(axis, title, label):
+    """Title and label, and percent on the vertical axis."""
+    axis.set(title=title, ylabel=label, ylim=(0, 1.03))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def plain_numbers(axis):
+    """Labels such as 0.05 on a logarithmic axis."""
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw_curves(found):
+    """Entropy and accuracy over the steps: each run thin, their median thick. Controls stay in the table."""
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(row for row in found["rows"] if not row["options"]):
+        for axis, key in ((left, "entropy"), (right, "accuracy")):
+            curves = [run[f"curve of {key}"] for run in row["runs"]]
+            for curve in curves:
+                axis.plot(*zip(*curve), color=colour_of(row, i), alpha=0.25)
+            steps = [step for step, _ in curves[0]]
+            middle = [median(value for _, value in points) for points in zip(*curves)]
+            axis.plot(steps, middle, color=colour_of(row, i), linewidth=4, label=row["name"])
+    start = found["bases"]["tiny"]
+    for value, text in ((start["greedy"], "the habit"), (start["pass@32"], "pass@32 at the start")):
+        right.axhline(value, color="#777777", linestyle="--", linewidth=2)
+        right.text(0, value + 0.01, text, color="#555555", fontsize=14)
+    left.set(title="Policy entropy", ylabel="nats per token", yscale="log", xlabel="step")
+    plain_numbers(left.yaxis)
+    left.legend(title=f"{len(curves)} runs and their median", frameon=True, framealpha=0.8)
+    accuracy_axis(right, "Held-out accuracy", "greedy")
+    right.set(xlabel="step", ylim=(0.3, 1.03))
+    return figure
+
+
+def draw_final(found):
+    """Final accuracies, a dot per run and a bar for the median; accuracy against entropy in the window."""
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(found["rows"]):
+        greedy, look = known(row, "accuracy"), {"color": colour_of(row, i), "alpha": 0.6}
+        left.plot([i] * len(greedy), greedy, "o", **look)
+        left.plot([i - 0.3, i + 0.3], [median(greedy)] * 2, color=look["color"], linewidth=4)
+        points = [(run["window"], run["accuracy"]) for run in row["runs"] if run["window"] is not None]
+        if points:
+            right.plot(*zip(*points), "o", label=row["name"], **look)
+    left.axhline(found["bases"]["tiny"]["greedy"], color="#777777", linestyle="--", linewidth=2)
+    names = [row["name"] for row in found["rows"]]
+    left.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    accuracy_axis(left, "Final accuracy", "greedy; dashed: the starting policy")
+    accuracy_axis(right, "Accuracy and entropy", "final accuracy, greedy")
+    right.set(xscale="log", xlabel="entropy in the window, nats per token")
+    plain_numbers(right.xaxis)
+    if right.lines:
+        right.legend(fontsize=13)
+    return figure
+
+
+def draw_shares(found):
+    """Final accuracy against the share of the right strategy in the starting policy."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axis = figure.subplots()
+    for i, method in enumerate(COV):
+        means = []
+        for row in found["rows"]:
+            if row["method"] == method:
+                share = found["bases"][row["base"]]["share"] * 1.06 ** (i - 1)  # side by side
+                greedy = known(row, "accuracy")
+                axis.plot([share] * len(greedy), greedy, "o", color=plot.COLOURS[method], alpha=0.5)
+                means.append((share, fmean(greedy)))
+        axis.plot(*zip(*sorted(means)), color=plot.COLOURS[method], linewidth=4, label=method)
+    start = sorted((policy["share"], policy["greedy"]) for policy in found["bases"].values())
+    axis.plot(*zip(*start), color="#888888", linestyle=":", linewidth=3, label="before training")
+    accuracy_axis(axis, "When does collapse cost accuracy?", "held-out accuracy, greedy; lines: means")
+    axis.set(xscale="log", xlabel="share of the right strategy in the starting policy")
+    axis.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axis.legend()
+    return figure
+
+
+PICTURES = {"phenomenon": draw_curves, "shares": draw_shares}  # of the other studies: draw_final
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m lab.study", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the study's own")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one for each core)")
-    parser.add_argument("--table", action="store_true", help="run nothing, only write the table of the runs that are there")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: cores)")
+    parser.add_argument("--table", action="store_true", help="no runs: from data/NAME.json")
+    parser.add_argument("--out", default=ROOT / "results", help="where to write (default results)")
     o = parser.parse_args()
     seeds, rows = STUDIES[o.study]
-    todo = [(row, seed) for seed in o.seeds or seeds for row in rows]
-    if not o.table:
-        with ThreadPoolExecutor(o.jobs) as pool:
-            list(pool.map(make_base, sorted({starting.base_of(row) for row in rows} & set(BASES))))
-            list(pool.map(lambda job: run(*job), todo))
-    done = [job for job in todo if (directory(*job) / "final.json").exists()]
-    report(o.study, {row: seeds for row in rows if (seeds := [seed for r, seed in done if r == row])})
-
-
-def report(study, runs, out=HERE / "results"):
-    """STUDY.md, .json and .png into `out`. runs: {row: seeds that are there}."""
-    out.mkdir(exist_ok=True)
-    results = {row: [measure(row, seed) for seed in seeds] for row, seeds in runs.items()}
-    read = {row: [plot.read_run(directory(row, seed))[1] for seed in seeds] for row, seeds in runs.items()}
-    if study in ("shares", "sizes"):
-        results["bases"] = bases = {base: starting.describe(place(base) if base in BASES else TINY) for base in map(starting.base_of, read)}
-        text = starting.shares(results, read, bases, out) if study == "shares" else starting.sizes(read, bases, out)
-    elif study == "theorem":
-        results["theorem"] = figures = {f"{row}-s{seed}": theorem.over_run(steps) for row in read for seed, steps in zip(runs[row], read[row])}
-        theorem.draw({row: read[row][0] for row in read}, out / "theorem.png")
-        text = "\n\n```\n" + "\n".join(theorem.table(figures)) + "\n```\n"
+    seeds = o.seeds or seeds
+    if o.table:
+        found = json.loads((Path(o.out) / "data" / f"{o.study}.json").read_text())
     else:
-        text = f"{starting_policy()}\n\n{table(results)}"
-        found = [(row, seed) for row, seeds in runs.items() for seed in seeds]
-        plot.curves([directory(*job) for job in found], out / f"{study}.png", [row for row, _ in found])
-    (out / f"{study}.json").write_text(json.dumps(results) + "\n")
-    (out / f"{study}.md").write_text(f"Made by `python study.py {study}`. {text}")
-    print(text)
+        with ThreadPoolExecutor(o.jobs) as pool:
+            list(pool.map(make_base, {row.base for row in rows if row.base in BASES}))
+            list(pool.map(lambda job: run(*job), [(row, seed) for seed in seeds for row in rows]))
+        found = collect(o.study, rows, seeds)
+    with rc_context(plot.STYLE | {"lines.markersize": 10}):
+        report(o.out, o.study, tables(found), found, PICTURES.get(o.study, draw_final)(found))
 
 
 if __name__ == "__main__":

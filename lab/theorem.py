@@ -1,104 +1,83 @@
-"""The theorem on a language model: does -Cov(log pi, change of logits) foretell the change of entropy, state by state?
+"""The theorem on a language model: does -Cov(log pi, change of the logits) predict the change of entropy?
 
-covariance.py shows it on one softmax. Here the same is measured on real updates of a whole model (arXiv 2505.22617, section 3):
+    dH(s)  ~=  -Cov_{a ~ pi(.|s)}( log pi(a|s), z'(s,a) - z(s,a) )        to first order, for each state s
 
-    dH(s)  ~=  -Cov_{a ~ pi(.|s)}( log pi(a|s), z'(s,a) - z(s,a) )         for each state s of a fixed probe batch
+(arXiv 2505.22617, section 3; covariance.py shows it on a single softmax.) A state is a prompt and the
+beginning of a completion. The probe, some states of completions of held-out problems, is drawn once from the
+starting policy. Its logits over the whole vocabulary are computed before and after each update.
 
-A state is a prompt and the beginning of a completion. The probe batch is drawn once, from the starting policy on the first
-held-out problems, and kept in the run as probe.json. The logits z and z' over the whole vocabulary are those before and
-after an update, at temperature 1 and in the model's own precision; what follows from them is computed in float64. The run itself
-is the same with and without; the time it takes is counted as that of the update.
+    python -m lab.theorem                  the first update at several learning rates: where it breaks
+    python -m lab.theorem --follow N       N steps of training: every update, and each step as a whole
 
-    train.py --check-theorem ...      adds to each line of metrics.jsonl, over all states and all updates of the step,
-        theorem.r2         1 - sum (dH - predicted)^2 / sum (dH - mean dH)^2; nothing is fitted, so it may be below 0
-        theorem.slope      of the least-squares line of dH over predicted
-        theorem.moved      root mean square of the standard deviation, under pi, of z' - z: the size of an update
-        theorem.step       the same three with all updates of the step taken as one
-        theorem.dH         mean over the states, nats, of what the step did to their entropy
-        difficulty         of the groups with 0, 1, ... G right answers: their tokens, and the mean covariance of these
-    python theorem.py RUN ...         what that comes to over runs; theorem.json in each, and a picture
-    python theorem.py                 where it breaks: one gradient of the embedded policy, AdamW's learning rate over five decades
+Further options are those of train.py, such as --model DIR and --method. Written to OUT: theorem.md,
+theorem.png and data/theorem.jsonl, a line for each learning rate or step:
 
-The theorem is of first order, and the demonstration says where that ends. For the embedded policy R^2 was .999 where one update
-moved the logits by .03, .98 at .09, .70 at .3 and below 0 from .7 on; the last is a learning rate of 3e-3. In a run the mean hides
-that a few states go far, and R^2 can fall earlier. The updates of a step add up: `theorem.step` says what is left of the theorem then.
+    r2         1 - sum (dH - predicted)^2 / sum (dH - mean dH)^2 over the states; nothing is fitted
+    slope      of the least-squares line of dH over the prediction
+    moved      how far the logits went: root mean square of the standard deviation, under pi, of z' - z
+    points     [predicted, measured] dH of some states
+    dH         mean over the states, nats: of the update, or with --follow of the whole step
 
-The batch's token covariance, which Clip-Cov and KL-Cov act on, is the same quantity seen through the sampled tokens, with the advantage
-in place of the change of logits. It has other units, so it is compared with -dH by correlation and sign, step by step.
+With --follow, `covariance` is that of the step's tokens. There the advantage stands in the place of z' - z,
+so its unit is another one, and it is compared with -dH by correlation.
 """
 
 import argparse
-import copy
 import json
-import math
-import os
+import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-import data
+import options
 import plot
 import rollout
+import train
 from covariance import predicted_entropy_change
-from entropy import LOGITS_AT_ONCE, entropy
-from parallel import micro_batches
-from rollout import TINY, load_policy
 from data import UserError
+from entropy import LOGITS_AT_ONCE, entropy
+from lab.law import markdown, report
 
-PROBLEMS, STATES = 32, 512  # held-out problems that the probe's completions answer, and how many of their states are kept
+ROWS, STATES = 32, 512  # completions in the probe, and the most of their states
+RATES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
-# ---------------------------------------------------------------- the probe batch
+
+# ---------------------------------------------------------------- the probe
 
 
-def draw_probe(policy, problems, o):
-    """{"rows": [[prompt ids, completion ids], ...], "states": [[row, t], ...]}: the states before token t of completions.
-
-    One completion of each of the first problems, by seed; of all their states as many as the logits' memory allows, at random.
-    """
+def draw_probe(policy, held_out, o):
+    """[(prompt ids, completion ids, positions)]: a state is what precedes the token at a position."""
+    prompts = [ids for ids, _ in held_out if ids][:ROWS]
     generator = torch.Generator().manual_seed(o.seed)
-    encoded = data.encode_prompts(policy.tokenizer, [prompt for prompt, _ in problems[:PROBLEMS]], o.max_prompt_tokens)
-    prompts = [ids for ids in encoded if ids]
     groups = rollout.sample(policy.sampler, prompts, 1, o.max_new_tokens, 1.0, policy.eos_ids, generator)
-    states = [[i, t] for i, (completion,) in enumerate(groups) for t in range(len(completion))]
-    count = min(STATES, max(1, LOGITS_AT_ONCE // policy.model.config.vocab_size))
-    kept = sorted(torch.randperm(len(states), generator=generator)[:count].tolist())
-    return {"rows": [[p, c] for p, (c,) in zip(prompts, groups)], "states": [states[i] for i in kept]}
-
-
-def open_probe(policy, problems, o):
-    """The probe batch of a run, with the logits of the policy as it is. Drawn at the run's start, read when it is resumed."""
-    file = Path(o.out) / "probe.json"
-    if not (o.resume and file.exists()):
-        file.with_suffix(".new").write_text(json.dumps(draw_probe(policy, problems, o)))
-        os.replace(file.with_suffix(".new"), file)
-    probe = json.loads(file.read_text())
-    return probe | {"logits": probe_logits(policy.model, probe, o.micro_batch), "changes": []}
+    states = [(i, t) for i, (completion,) in enumerate(groups) for t in range(len(completion))]
+    most = min(STATES, len(states), max(1, LOGITS_AT_ONCE // policy.model.config.vocab_size))
+    chosen = random.Random(o.seed).sample(states, most)
+    probe = []
+    for i, (prompt, (completion,)) in enumerate(zip(prompts, groups)):
+        positions = sorted(t for row, t in chosen if row == i)
+        if positions:
+            probe.append((prompt, completion, positions))
+    return probe
 
 
 @torch.no_grad()
-def probe_logits(model, probe, tokens=16384):
-    """z(s, .) of every state: (S, V), at most LOGITS_AT_ONCE numbers. `tokens` are read at a time, padding included."""
-    head, rows = model.get_output_embeddings(), probe["rows"]
-    z = torch.empty(len(probe["states"]), head.weight.shape[0], dtype=head.weight.dtype, device=model.device)
-    for group in micro_batches(*zip(*rows), tokens):
-        width = max(len(rows[i][0]) + len(rows[i][1]) for i in group)
-        ids = torch.tensor([(rows[i][0] + rows[i][1] + [0] * width)[:width] for i in group], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, D)
-        here = [(s, group.index(i), len(rows[i][0]) + t - 1) for s, (i, t) in enumerate(probe["states"]) if i in group]
-        if here:  # a token is predicted one position earlier
-            s, b, position = zip(*here)
-            z[list(s)] = head(hidden[list(b), list(position)])
-    return z
-
-
-# ---------------------------------------------------------------- measured against predicted
+def probe_logits(model, probe):
+    """z(s, .) of all states of the probe: (S, V)."""
+    head, logits = model.get_output_embeddings(), []
+    for prompt, completion, positions in probe:
+        ids = torch.tensor([prompt + completion], device=model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (T, D)
+        logits.append(head(hidden[[len(prompt) + t - 1 for t in positions]]))
+    return torch.cat(logits)
 
 
 def changes(before, after):
-    """dH measured, dH predicted, and how far the logits moved (their standard deviation under pi): (S, V) twice -> 3 of (S,)."""
+    """Measured dH, predicted dH, and the standard deviation under pi of z' - z: (S, V) twice -> (3, S)."""
     parts = []
-    for z, new in zip(*(x.split(max(1, LOGITS_AT_ONCE // 16 // x.shape[1])) for x in (before, after))):
+    for z, new in zip(before.split(64), after.split(64)):  # float64 of a large vocabulary takes memory
         z, new = z.double(), new.double()
         p, dz = torch.softmax(z, -1), new - z
         mean = (p * dz).sum(-1, keepdim=True)
@@ -107,205 +86,156 @@ def changes(before, after):
     return torch.cat(parts, 1).cpu()
 
 
-def agreement(measured, predicted, moved):
-    """r2, slope and moved from (N,) each; None where there is nothing to divide by, or a logit is not finite."""
+def figures(change, count):
+    """r2, slope, moved and some points of (3, N) changes; None where undefined, e.g. if nothing moved."""
+    measured, predicted, moved = change
     dm, dp = measured - measured.mean(), predicted - predicted.mean()
-    figures = {
-        "r2": 1 - ((measured - predicted) ** 2).sum() / (dm**2).sum(),
-        "slope": (dm * dp).sum() / (dp**2).sum(),
-        "moved": moved.square().mean().sqrt(),
-    }
-    return {k: v.item() if v.isfinite() else None for k, v in figures.items()}
+    found = {"r2": 1 - (measured - predicted).square().sum() / dm.square().sum(),
+             "slope": (dm * dp).sum() / dp.square().sum(), "moved": moved.square().mean().sqrt()}  # fmt: skip
+    found = {key: x.item() if x.isfinite() else None for key, x in found.items()}
+    every = max(1, len(measured) // count)
+    return found | {"points": torch.stack((predicted, measured), 1)[::every].tolist()}
 
 
-def follow(policy, o):
-    """After an update: what it did to the probe's states. The logits that the step began with are kept as `first`."""
-    probe = policy.probe
-    probe.setdefault("first", probe["logits"])
-    before, probe["logits"] = probe["logits"], probe_logits(policy.model, probe, o.micro_batch)
-    probe["changes"].append(changes(before, probe["logits"]))
+# ---------------------------------------------------------------- measurements
 
 
-def figures(policy, updates, rewards):
-    """What --check-theorem adds to a line of metrics.jsonl, at the end of a step."""
-    probe = policy.probe
-    whole = changes(probe.pop("first"), probe["logits"])
-    dH = whole[0].mean()
-    theorem = agreement(*torch.cat(probe["changes"], 1)) | {"step": agreement(*whole), "dH": dH.item() if dH.isfinite() else None}
-    probe["changes"] = []
-    return {"theorem": theorem, "difficulty": by_difficulty(updates, rewards)}
+def at_rates(policy, problems, probe, rates, o):
+    """The first update at each learning rate, as lines.
 
-
-def by_difficulty(updates, rewards):
-    """Mean token covariance of the groups with k = 0, 1, ... G right answers, over all updates of a step.
-
-    updates: the Tokens of each, groups in order, pass after pass. rewards: (P, G), 0 or 1. A hard problem has k = 1, an easy one G - 1.
+    Without weight decay the first update of AdamW is the learning rate times a direction that does not depend
+    on it. So one step of train.py is enough: the model is then moved along its direction by each rate.
     """
-    P, G = rewards.shape
-    right, first = (rewards > 0.5).sum(1), 0
-    tokens, total = torch.zeros(G + 1), torch.zeros(G + 1)
-    for t in updates:
-        k = right[(first + torch.arange(len(t.mask) // G)) % P].repeat_interleave(G)  # (B,)
-        first += len(t.mask) // G
-        tokens.index_add_(0, k, t.mask.sum(1).float())
-        total.index_add_(0, k, t.covariance.sum(1).float())
-    means = [s / n if n and math.isfinite(s) else None for s, n in zip(total.tolist(), tokens.tolist())]
-    return {"tokens": [int(n) for n in tokens], "covariance": means}
+    start = [p.detach().clone() for p in policy.model.parameters()]
+    before = probe_logits(policy.model, probe)
+    train.step(policy, train.problems_of_step(problems, 0, o), 1, o)
+    direction = [(p.detach() - s) / o.lr for p, s in zip(policy.model.parameters(), start)]
+    for rate in rates:
+        with torch.no_grad():
+            for p, s, d in zip(policy.model.parameters(), start, direction):
+                p.copy_(s + rate * d)
+        change = changes(before, probe_logits(policy.model, probe))
+        mean = {"dH": change[0].mean().item(), "predicted": change[1].mean().item()}
+        yield {"rate": rate} | mean | figures(change, 200)
 
 
-# ---------------------------------------------------------------- over a run
+def over_steps(policy, problems, probe, steps, o):
+    """Training, with the probe's logits computed after each update: a line for each step."""
+    logits, updates = [probe_logits(policy.model, probe)], []
+
+    def after_update(*_):
+        new = probe_logits(policy.model, probe)
+        updates.append(changes(logits[-1], new))
+        logits[1:] = [new]  # the first and the last logits of the step
+
+    handle = policy.optimizer.register_step_post_hook(after_update)
+    for number in range(1, steps + 1):
+        metrics, _ = train.step(policy, train.problems_of_step(problems, number - 1, o), number, o)
+        if updates:
+            whole = changes(logits[0], logits[-1])
+            line = {"step": number, "covariance": metrics["covariance"], "dH": whole[0].mean().item()}
+            yield line | figures(torch.cat(updates, 1), 20) | {"whole step": figures(whole, 20)}
+        logits[:] = logits[-1:]
+        updates.clear()
+    handle.remove()
 
 
-def correlation(x, y):
-    """Pearson's, None where it is undefined."""
-    x, y = (torch.tensor(v, dtype=torch.float64) for v in (x, y))
-    dx, dy = x - x.mean(), y - y.mean()
-    scale = ((dx**2).sum() * (dy**2).sum()).sqrt()
-    return (dx @ dy / scale).item() if len(x) > 1 and scale > 0 else None
+# ---------------------------------------------------------------- tables and the picture
 
 
-def quartiles(values):
-    """First quartile, median, third quartile; None of nothing."""
-    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    return torch.tensor(values, dtype=torch.float64).quantile(at).tolist() if values else None
+def rates_table(lines):
+    """The lines of at_rates as markdown."""
+    keys = ("rate", "moved", "dH", "predicted", "r2", "slope")
+    rows = [["-" if line[key] is None else f"{line[key]:.3g}" for key in keys] for line in lines]
+    return markdown(["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope"], rows)
 
 
-def over_run(steps):
-    """The figures of a run from the lines of its metrics.jsonl. UserError without --check-theorem."""
-    known = [s for s in steps if s.get("theorem") and s["theorem"]["dH"] is not None and s["covariance"] is not None]
-    if not known:
-        raise UserError("metrics.jsonl has no `theorem`: the run was made without --check-theorem")
-    covariance, fall = [s["covariance"] for s in known], [-s["theorem"]["dH"] for s in known]
-    pairs = [(a["covariance"], a["entropy"] - b["entropy"]) for a, b in zip(known, known[1:]) if b["step"] == a["step"] + 1]
-    groups = [s["difficulty"] for s in known]
-    G = len(groups[0]["tokens"]) - 1
-    tokens = [sum(g["tokens"][k] for g in groups) for k in range(G + 1)]
-    total = [sum(g["tokens"][k] * (g["covariance"][k] or 0) for g in groups) for k in range(G + 1)]
-    spread = lambda lines, key: quartiles([line[key] for line in lines if line[key] is not None])
-    updates, whole = [s["theorem"] for s in known], [s["theorem"]["step"] for s in known]
-    return {
-        "steps": len(known),
-        "update": {key: spread(updates, key) for key in ("r2", "slope", "moved")},
-        "step": {key: spread(whole, key) for key in ("r2", "slope", "moved")},
-        "correlation": correlation(covariance, fall),
-        "correlation_of_batches": correlation(*zip(*pairs)) if pairs else None,  # dH from step to step: other problems, so noisier
-        "sign_agreement": sum((c > 0) == (f > 0) for c, f in zip(covariance, fall)) / len(known),
-        "positive_covariance": sum(c > 0 for c in covariance) / len(known),
-        "difficulty": {f"{k}/{G}": {"tokens": tokens[k], "covariance": total[k] / tokens[k] if tokens[k] else None} for k in range(G + 1)},
-    }
+def middle(values):
+    """Median and quartiles of the known values."""
+    known = torch.tensor([x for x in values if x is not None], dtype=torch.float64)
+    quartiles = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+    return "{:.3g} ({:.2g} to {:.2g})".format(*known.quantile(quartiles)) if len(known) else "-"
 
 
-def table(figures):
-    """Two tables, as lines of text: {run: figures of over_run}."""
-    cell = lambda x, form: "-" if x is None else format(x, form)
-    spread = lambda x: "-" if x is None else f"{x[1]:.3g} ({x[0]:.2g}..{x[2]:.2g})"
-    yield f"{'run':28} {'R^2, median (quartiles)':24} {'slope':20} {'moved':22} corr(cov, -dH)  same sign  cov > 0"
-    for run, f in figures.items():
-        update, step = ([spread(f[k][key]) for key in ("r2", "slope", "moved")] for k in ("update", "step"))
-        yield (f"{run:28} {update[0]:24} {update[1]:20} {update[2]:22} {cell(f['correlation'], '.2f'):>14} "
-               f"{f['sign_agreement']:10.0%} {f['positive_covariance']:8.0%}")  # fmt: skip
-        yield f"{'  whole steps':28} {step[0]:24} {step[1]:20} {step[2]:22}"
-    yield "\nmean covariance of the tokens of groups by their share of right answers, hard to easy"
-    for run, f in figures.items():
-        shares = list(f["difficulty"].items())[1:-1]  # a group of equal rewards has no advantage
-        yield f"{run:28} " + "  ".join(f"{share} {cell(d['covariance'], '.4f')}" for share, d in shares)
+def steps_table(name, lines):
+    """The lines of over_steps as markdown: medians and quartiles over the steps."""
+    pairs = torch.tensor([[line["covariance"], -line["dH"]] for line in lines], dtype=torch.float64)
+    rows = [[name, *(middle([line[key] for line in lines]) for key in ("r2", "slope", "moved")),
+             middle([line["whole step"]["r2"] for line in lines]),
+             f"{torch.corrcoef(pairs.T)[0, 1]:.2f}", f"{(pairs[:, 0] > 0).double().mean():.0%}"]]  # fmt: skip
+    head = ["R^2, single updates", "slope", "logits moved", "R^2, whole steps", "corr(cov, -dH)", "cov > 0"]
+    return markdown(["run", *head], rows)
 
 
-def draw(runs, file):
-    """Covariance and -dH over the steps in one panel, R^2 and slope in the other; a column for each run: {label: (steps, figures)}."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(plot.STYLE | {"font.size": 12, "axes.titlesize": 14}):
-        figure = Figure(figsize=(max(8, 6 * len(runs)), 8), dpi=120, layout="constrained")
-        for (label, steps), (top, bottom) in zip(runs.items(), figure.subplots(2, len(runs), squeeze=False).T):
-            known = [s for s in steps if s.get("theorem")]
-            at = [s["step"] for s in known]
-            value = lambda key: [math.nan if s["theorem"][key] is None else s["theorem"][key] for s in known]
-            twin = top.twinx()
-            (covariance,) = top.plot(at, [s["covariance"] for s in known], color="#D55E00", label="covariance of the batch's tokens (left)")
-            (fall,) = twin.plot(at, [-v for v in value("dH")], color="#0072B2", label="-dH, mean over the probe's states, nats (right)")
-            drawn = [[y for y in axis.lines[0].get_ydata() if math.isfinite(y)] for axis in (top, twin)]
-            ends = [(min(ys, default=0), max(ys, default=0)) for ys in drawn]
-            below = max(max(-low, 0) / max(high, -low, 1e-12) for low, high in ends)  # both zeros at one height
-            for axis, (low, high) in zip((top, twin), ends):
-                reach = max(high, -low, 1e-12)
-                axis.set_ylim(-1.1 * max(below, 0.1) * reach, 1.1 * reach)
-            twin.grid(False)
-            top.axhline(0, color="#999999", zorder=0)
-            top.legend(handles=[covariance, fall], fontsize=10)
-            top.set(title=Path(label).name)
-            bottom.plot(at, value("r2"), ".-", color="#000000", label="R^2 of the prediction, single updates")
-            bottom.plot(at, value("slope"), ".-", color="#009E73", label="slope, measured over predicted")
-            bottom.plot(at, [s["theorem"]["step"]["r2"] for s in known], ".", color="#999999", label="R^2, whole steps")
-            bottom.axhline(1, color="#999999", zorder=0)
-            bottom.set(xlabel="step", ylim=(-0.5, 2))
-            bottom.legend(fontsize=10)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
+def draw(panels):
+    """Scatters side by side, three in a row. panels: [(title, label of x, label of y, points)]."""
+    rows = -(-len(panels) // 3)
+    with rc_context(plot.STYLE | {"font.size": 14, "axes.titlesize": 15}):
+        figure = Figure(figsize=(15, 5 * rows), layout="constrained")
+        for i, (title, x, y, points) in enumerate(panels, 1):
+            axis = figure.add_subplot(rows, 3, i)
+            axis.plot(*zip(*points), ".", color="#0072B2", alpha=0.5)
+            if x.startswith("predicted"):
+                axis.axline((0, 0), slope=1, color="#999999", zorder=0)  # where the theorem is exact
+            axis.set(title=title, xlabel=x, ylabel=y)
+            axis.locator_params(nbins=5)
+    return figure
 
 
-# ---------------------------------------------------------------- where it breaks
+def rates_panels(lines):
+    """A panel for each learning rate."""
+    panels = []
+    for line in lines:
+        title = f"lr {line['rate']:g}: logits moved {line['moved']:.2g}"
+        if line["r2"] is not None:
+            title += f"\nR^2 {line['r2']:.3f}, slope {line['slope']:.2f}"
+        panels.append((title, "predicted dH, nats", "measured dH, nats", line["points"]))
+    return panels
 
 
-def demonstrate(rates=tuple(10.0**e for e in (-6, -5, -4, -3.5, -3, -2.5, -2, -1))):
-    """One policy gradient of the embedded policy, AdamW's first step along it at each learning rate, in float64."""
-    import reward
-    from entropy import score
-    from losses import group_advantages
-
-    model, tokenizer, eos_ids = load_policy(TINY, dtype=torch.float64)
-    policy = SimpleNamespace(model=model, sampler=model, tokenizer=tokenizer, eos_ids=eos_ids)
-    o = SimpleNamespace(seed=0, max_new_tokens=40, max_prompt_tokens=80)
-    problems = data.load_problems("arithmetic", limit=64)
-    prompts = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], 80)
-    groups = rollout.sample(model, prompts, 8, 40, 1.0, eos_ids, torch.Generator().manual_seed(1))
-    completions = [c for group in groups for c in group]
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rewards = torch.tensor(reward.grade_all(texts, [answer for _, answer in problems for _ in range(8)])).view(-1, 8)
-    logp, _ = score(model, [p for p in prompts for _ in range(8)], completions)
-    (-(group_advantages(rewards).view(-1, 1) * logp).sum() / sum(map(len, completions))).backward()
-
-    probe = draw_probe(policy, data.load_problems("arithmetic_heldout", limit=PROBLEMS), o)
-    before = probe_logits(model, probe)
-    S, V = before.shape
-    print(f"one step of AdamW along one policy gradient of the embedded policy, {S} states, vocabulary of {V}\n")
-    print(f"{'learning rate':>13} {'moved':>9} {'mean dH':>11} {'predicted':>11} {'R^2':>11} {'slope':>9}")
-    for lr in rates:
-        moved = copy.deepcopy(model)
-        for p, q in zip(moved.parameters(), model.parameters()):
-            p.grad = q.grad
-        torch.optim.AdamW(moved.parameters(), lr=lr, weight_decay=0.0).step()
-        c = changes(before, probe_logits(moved, probe))
-        f = agreement(*c)
-        print(f"{lr:13.1e} {f['moved']:9.2g} {c[0].mean():11.2e} {c[1].mean():11.2e} {f['r2']:11.4f} {f['slope']:9.4f}")
-    print("\nmoved: how far the logits went, as standard deviation under the policy. The theorem holds where that is small.")
+def steps_panels(lines):
+    """Single updates, whole steps, and the covariance of the tokens."""
+    panels = []
+    for title, of in (("single updates", lines), ("whole steps", [line["whole step"] for line in lines])):
+        points = [point for line in of for point in line["points"]]
+        panels.append((title, "predicted dH, nats", "measured dH, nats", points))
+    pairs = [(line["covariance"], -line["dH"]) for line in lines]
+    return [*panels, ("steps", "covariance of the step's tokens", "-dH, nats", pairs)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directory of train.py --check-theorem; without any, the demonstration")
-    parser.add_argument("--out", metavar="DIR", help="where theorem.png goes (default: a single run's directory, else figures/)")
-    o = parser.parse_args()
-    if not o.runs:
-        return demonstrate()
-    runs, figures = {}, {}
+    parser = argparse.ArgumentParser(prog="python -m lab.theorem", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--follow", type=int, metavar="N", help="watch N steps of training")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to compare")
+    parser.add_argument("--method", default="grpo", help="as in train.py (default grpo)")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default figures)")
+    own, others = parser.parse_known_args()
+    out = Path(own.out)
+    # train.step writes no files, so the run directory that its options ask for is never made.
+    o = options.options(["--method", own.method, *others, "--out", str(out / "unused")])
+    if not own.follow:
+        o.mini_batch, o.passes, o.lr = o.prompts, 1, max(own.rates)  # one update
     try:
-        for run in o.runs:
-            runs[run] = plot.read_run(run)[1]
-            try:
-                figures[run] = over_run(runs[run])
-            except UserError as error:
-                raise UserError(f"{run}: {error}") from None
-        for run in o.runs:
-            (Path(run) / "theorem.json").write_text(json.dumps(figures[run], indent=1) + "\n")
-        file = Path(o.out or (o.runs[0] if len(o.runs) == 1 else "figures")) / "theorem.png"
-        draw(runs, file)
-    except UserError as error:
-        parser.exit(2, f"theorem.py: error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"theorem.py: error: {error.filename}: {error.strerror}\n")
-    print(*table(figures), file, sep="\n")
+        policy, problems, held_out = train.load(o)
+        probe = draw_probe(policy, held_out, o)
+        if own.follow:
+            measured = over_steps(policy, problems, probe, own.follow, o)
+        else:
+            measured = at_rates(policy, problems, probe, own.rates, o)
+        lines = []
+        (out / "data").mkdir(parents=True, exist_ok=True)
+        with open(out / "data" / "theorem.jsonl", "w") as file:
+            for line in measured:
+                lines.append(line)
+                print(json.dumps(line), file=file, flush=True)
+        if own.follow:
+            text, panels = steps_table(f"{o.method}, seed {o.seed}", lines), steps_panels(lines)
+        else:
+            text, panels = rates_table(lines), rates_panels(lines)
+        report(out, "theorem", text, None, draw(panels))
+    except (UserError, OSError) as error:
+        parser.exit(2, f"lab.theorem: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,103 +1,119 @@
-"""Studies: a real one, interrupted and continued; the share of a strategy; the law of each size."""
+"""Studies: real runs, interrupted and continued; the share of a strategy; tables and pictures."""
 
 import json
-import math
 import random
+from dataclasses import replace
 
 import pytest
-import torch
+from conftest import ROOT
+from matplotlib.image import imread
 
-from lab import starting
-from lab import study
+import options
 from arithmetic import chain_of_thought, correct, leftmost, problems
+from lab import study
+
+DATA = sorted((ROOT / "results" / "data").glob("*.json"))
+
+
+# ---------------------------------------------------------------- the share of a strategy
 
 
 def test_a_chain_follows_its_own_strategy_whatever_the_slips_and_no_other_one():
     rng, forks = random.Random(0), 0
     for prompt, _ in problems("train", 300):
-        paths = {s: starting.path_of(prompt, s) for s in (correct, leftmost)}
-        for s, path in paths.items():
-            assert starting.follows(prompt, chain_of_thought(prompt, s, 0.5, rng), path)
-        if paths[correct] != paths[leftmost]:
+        for strategy in (correct, leftmost):
+            assert study.follows(prompt, chain_of_thought(prompt, strategy, 0.5, rng), strategy)
+        if not study.follows(prompt, chain_of_thought(prompt, leftmost), correct):
             forks += 1
-            assert not starting.follows(prompt, chain_of_thought(prompt, leftmost, 0.5, rng), paths[correct])
+            assert not study.follows(prompt, chain_of_thought(prompt, correct), leftmost)
     assert forks > 100
 
 
-def test_the_paths_are_those_of_the_strategies():
-    assert starting.path_of("6+1*3*3=", correct) == [1, 1, 0]
-    assert starting.path_of("6+1*3*3=", leftmost) == [0, 0, 0]
-    assert starting.follows("6+1*3*3=", "6+3*3=6+9=\\boxed{5}", [1, 1, 0])
-    assert not starting.follows("6+1*3*3=", "7+3*3=6+9=\\boxed{5}", [1, 1, 0])  # another digit has changed
-    assert not starting.follows("6+1*3*3=", "6+3*3=\\boxed{5}", [1, 1, 0])  # a line is missing
-    assert not starting.follows("6+1*3*3=", "", [1, 1, 0])
+@pytest.mark.parametrize("response", [
+    "7+3*3=6+9=\\boxed{5}",  # another digit has changed
+    "6+3*3=\\boxed{5}",  # a line is missing
+    "6+3*3=6+9=5=\\boxed{5}",  # a line too many
+    "",
+])  # fmt: skip
+def test_a_chain_that_does_something_else_follows_no_strategy(response):
+    assert study.follows("6+1*3*3=", "6+3*3=6+9=\\boxed{5}", correct)
+    assert not study.follows("6+1*3*3=", response, correct)
 
 
 def test_the_embedded_policy_rarely_tries_precedence():
-    found = starting.describe(study.TINY, samples=4)
+    found = study.starting_policy(study.TINY)
     assert 0 < found["share"] < 0.01
-    assert found["sampled"] < found["greedy"] < found["pass"]
+    assert found["sampled"] < found["greedy"] < found["pass@32"]
 
 
-def line_of(step, H, R):
-    return {"step": step, "entropy": H, "reward": R}
+# ---------------------------------------------------------------- runs
 
 
-def test_sizes_recovers_the_law_that_the_runs_obey(tmp_path):
-    H = torch.linspace(0.3, 0.01, 30).tolist()
-    runs = {f"grpo, {base}": [[line_of(i + 1, h, -a * math.exp(h) + b + 0.001 * (-1) ** (i + k)) for i, h in enumerate(H)] for k in range(3)]
-            for base, a, b in (("small", 1.0, 1.5), ("large", 2.0, 2.7))}  # fmt: skip
-    runs["grpo, large"][0] = runs["grpo, large"][0][:20]  # all are cut to the shortest
-    bases = {"small": {"parameters": 1000, "share": 0.002}, "large": {"parameters": 9000, "share": 0.003}}
-    table = starting.sizes(runs, bases, tmp_path).strip().splitlines()
-    assert (tmp_path / "sizes.png").exists()
-    cells = [[cell.strip().split(" ")[0] for cell in row.split("|")[1:-1]] for row in table[2:]]
-    assert [row[:2] for row in cells] == [["1,000", "0.20%"], ["9,000", "0.30%"]]
-    assert [float(row[5]) for row in cells] == pytest.approx([1.0, 2.0], abs=0.01)
-    assert [float(row[7]) for row in cells] == pytest.approx([0.5, 0.7], abs=0.01)
-    assert float(cells[0][4]) == pytest.approx(H[19], abs=0.001)
+def test_the_window_begins_where_the_baseline_has_lost_nine_tenths_of_its_entropy():
+    assert study.collapse([1.0, 0.5, 0.1, 0.3]) == 2
+    assert study.collapse([1.0, 0.5]) is None
 
 
-def test_shares_has_a_row_for_each_base_and_method_common_first(tmp_path):
-    bases = {base: {"share": s, "greedy": 0.5, "sampled": 0.25, "pass": 0.9} for base, s in (("rare", 0.001), ("common", 0.3))}
-    results = {f"{m}, {b}": [{"accuracy": x} for x in (0.5, 0.7)] for b in bases for m in ("clip_cov", "grpo")}
-    runs = {row: [[{}] * 3, [{}] * 3] for row in results}
-    runs["grpo, common"][1] = [{}, {}, {}, {"accuracy": 0.6}, {}]  # a longer run counts as it was after 3 steps
-    text = starting.shares(results, runs, bases, tmp_path)
-    rows = [line for line in text.splitlines() if "%" in line][1:]
-    assert [row.split("|")[1].strip() + row.split("|")[6] for row in rows] == ["common grpo ", "common clip_cov ", "rare grpo ", "rare clip_cov "]
-    assert "| 50 60 | 55.0% |" in rows[0] and "| 50 70 | 60.0% |" in rows[1]
-    assert "after 3 steps" in text
-    assert (tmp_path / "shares.png").stat().st_size > 10_000
+def test_every_row_is_a_command_that_train_takes_and_its_name_is_one_directory():
+    for _, rows in study.STUDIES.values():
+        for row in rows:
+            options.command_line().parse_args(["--method", row.method, *row.options.split()])
+            assert row.base in ("tiny", *study.BASES) and "/" not in row.name
+        places = [study.place(row.name) for row in rows]
+        assert len(set(places)) == len(places)
 
 
-def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
-    small = "--steps 2 --prompts 4 --samples 2 --mini-batch 2 --eval-limit 4 --final-samples 32 --save-every 1"
-    monkeypatch.setattr(study, "place", lambda name: tmp_path / name.replace(", ", "_").replace(" ", ""))
-    monkeypatch.setattr(study, "ROWS", {"grpo": f"--method grpo {small}", "kl_cov, theorem": f"--method kl_cov --check-theorem {small}"})
-    for row in study.ROWS:
+def test_a_study_runs_continues_and_writes_table_data_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "place", lambda name: tmp_path / name.replace(", ", "-"))
+    monkeypatch.setattr(study, "starting_policy",
+                        lambda folder: {"share": 0.001, "greedy": 0.5, "sampled": 0.25, "pass@32": 0.9})
+    small = "--steps 2 --prompts 4 --samples 2 --mini-batch 2 --eval-limit 4 --save-every 1"
+    rows = [study.Row("grpo", "grpo", small), study.Row("kl_cov", "kl_cov", small)]
+    for row in rows:
         study.run(row, 1)
     metrics = (tmp_path / "grpo-s1" / "metrics.jsonl").read_text()
     (tmp_path / "grpo-s1" / "final.json").unlink()  # as if it had been interrupted
-    study.run("grpo", 1)
+    assert [row["name"] for row in study.collect("x", rows, [1])["rows"]] == []  # no baseline, no comparison
+    study.run(rows[0], 1)
     assert (tmp_path / "grpo-s1" / "metrics.jsonl").read_text() == metrics
-    monkeypatch.setattr(study, "starting_policy", lambda: "The starting policy.")
-    study.report("methods", {"grpo": [1]}, tmp_path / "results")
-    study.report("theorem", {"kl_cov, theorem": [1]}, tmp_path / "results")
-    found = json.loads((tmp_path / "results" / "methods.json").read_text())["grpo"][0]
-    assert found["entropy_start"] == json.loads(metrics.splitlines()[0])["entropy"]
-    text = (tmp_path / "results" / "methods.md").read_text()
-    assert "python study.py methods" in text and "| grpo | 1 |" in text
-    assert "kl_cov, theorem-s1" in (tmp_path / "results" / "theorem.md").read_text()
-    assert (tmp_path / "results" / "theorem.png").exists()
+
+    found = study.collect("methods", rows, [1, 2])  # seed 2 was not run
+    assert [[run["seed"] for run in row["runs"]] for row in found["rows"]] == [[1], [1]]
+    assert found["rows"][0]["runs"][0]["first"] == json.loads(metrics.splitlines()[0])["entropy"]
+    assert found["rows"][0]["runs"][0]["curve of entropy"][1][0] == 2
+    study.report(tmp_path, "methods", study.tables(found), found, study.draw_final(found))
+    text = (tmp_path / "methods.md").read_text()
+    assert "`python -m lab.study methods`" in text and "| kl_cov |" in text
+    assert json.loads((tmp_path / "data" / "methods.json").read_text()) == json.loads(json.dumps(found))
 
 
-def test_every_row_is_a_command_that_train_takes_and_every_base_one_of_warmstart():
-    import options
+def test_a_module_may_run_a_row_in_the_place_of_train(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(study, "place", lambda name: tmp_path / name)
+    monkeypatch.setattr(study, "process", lambda *command: called.append(list(map(str, command))))
+    study.run(replace(study.Row("r", "random"), program="-m lab.controls"), 1)
+    assert called[0][:4] == ["-m", "lab.controls", "--method", "random"] and "--overwrite" in called[0]
 
-    assert all(row in study.ROWS for _, rows in study.STUDIES.values() for row in rows)
-    for row, text in study.ROWS.items():
-        options.command_line().parse_args(text.split())
-    named = {starting.base_of(row) for row in study.ROWS}
-    assert set(study.BASES) <= named
-    assert all(text.split()[0] in ("--share", "--hidden") for text in study.BASES.values())
+
+# ---------------------------------------------------------------- tables and pictures
+
+
+@pytest.mark.parametrize("file", [file for file in DATA if file.stem in study.STUDIES], ids=lambda f: f.stem)
+def test_tables_and_pictures_follow_from_the_data_alone(file, tmp_path):
+    found = json.loads(file.read_text())
+    assert study.tables(found) == (ROOT / "results" / f"{file.stem}.md").read_text()
+    study.PICTURES.get(file.stem, study.draw_final)(found).savefig(tmp_path / "p.png", dpi=30)
+    assert imread(tmp_path / "p.png").std() > 0.01
+
+
+def test_the_table_shows_every_seed_with_mean_and_median():
+    def run(seed, accuracy, fell):
+        return {"seed": seed, "accuracy": accuracy, "sampled": 0.5, "pass@32": None, "first": 0.2,
+                "window": 0.1, "ratio": 2.0, "last": 0.05, "fell": fell, "top fifth": 0.9}  # fmt: skip
+
+    row = {"name": "grpo", "runs": [run(1, 0.5, 9), run(2, 0.52, None), run(3, 1.0, 19)]}
+    bases = {"tiny": {"share": 0.0015, "greedy": 0.5, "sampled": 0.25, "pass@32": 0.9}}
+    text = study.tables({"study": "s", "bases": bases, "rows": [row]})
+    assert "Seeds: 1 2 3\n" in text and "| tiny | 0.15% | 50.00% | 25.00% | 90.00% |" in text
+    assert "| grpo | 50 52 100 | 67.3% | 52.0% | 50.0% | - |" in text
+    assert "| grpo | 0.200 | 0.100 | 0.050 | 2.0 | 2 of 3, step 15 | 90% |" in text
