@@ -257,19 +257,12 @@ class Code:
         return open, ("executed", "w")
 
 
-def smaller(state):
-    """The state of an optimizer for a smaller model."""
-    for moments in state["optimizer"]["state"].values():
-        moments["exp_avg"] = moments["exp_avg"][:1]
-    return state
-
-
-def forge(change):
-    """Alters the state of a run's last checkpoint, checksums and all."""
+def forge(state):
+    """Puts another state into a run's last checkpoint, checksums and all."""
 
     def harm(out):
         folder = out / "checkpoint" / "step-4"
-        torch.save(change(torch.load(folder / "state.pt", weights_only=True)), folder / "state.pt")
+        torch.save(state, folder / "state.pt")
         sums = json.loads((folder / "sums.json").read_text())
         sums["state.pt"] = checkpoint.checksum(folder / "state.pt")
         (folder / "sums.json").write_text(json.dumps(sums))
@@ -292,10 +285,8 @@ def first_line_gone(out):
     (first_line_gone, "metrics.jsonl lacks steps"),
     (lambda out: (out / "metrics.jsonl").write_text(""), "metrics.jsonl lacks steps"),
     (lambda out: (out / "config.json").write_text("{"), "config.json"),
-    (lambda out: (out / "config.json").write_text("[]"), "config.json"),
-    (forge(lambda state: {"step": 4}), "step-4 does not fit"),
-    (forge(lambda state: {"optimizer": Code()}), "step-4 does not fit"),
-    (forge(smaller), "step-4 does not fit"),
+    (forge({"step": 4}), "step-4 does not fit"),
+    (forge({"optimizer": Code()}), "step-4 does not fit"),
 ])  # fmt: skip
 def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_was(whole, tmp_path, monkeypatch, harm, word):
     out = copy(whole("grpo")[0], tmp_path)
@@ -401,8 +392,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_two_processes_stop_after_the_same_step_and_go_on(tmp_path, monkeypatch, number):
+def test_two_processes_stop_after_the_same_step_and_go_on(tmp_path, monkeypatch):
     """The signal goes to torchrun after the first step, and torchrun passes it on."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
@@ -411,11 +401,11 @@ def test_two_processes_stop_after_the_same_step_and_go_on(tmp_path, monkeypatch,
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (log.exists() and log.stat().st_size) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=300)
     done = len(metrics(out))
     assert done < 12 and [path.name for path in (out / "checkpoint").iterdir()] == [f"step-{done}"], errors
-    assert said.count(f"stopped by {number.name} after step {done}") == 1 and "train.py: error" not in errors
+    assert said.count(f"stopped by SIGTERM after step {done}") == 1 and "train.py: error" not in errors
     assert subprocess_of(*argv, "--resume", "--out", out, launcher=TORCHRUN).returncode == 0
     assert subprocess_of(*argv, "--out", tmp_path / "whole", launcher=TORCHRUN).returncode == 0
     assert metrics(out) == metrics(tmp_path / "whole")
