@@ -156,9 +156,14 @@ def clip_cov(t, o):
 
 
 def kl_cov(t, o):
-    """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are pulled back."""
-    selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio)
-    penalty = o.kl_cov_beta * t.strength * t.log_ratio.abs()
+    """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are pulled back.
+
+    These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|, the
+    penalty pushes k N of them up with beta. The two balance where such tokens are a share k beta / |A| of all:
+    with a constant k, so many errors stay for ever. --anneal lowers k, and with it this floor, to 0.
+    """
+    selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio * t.strength)
+    penalty = o.kl_cov_beta * t.log_ratio.abs()
     return Loss(-t.ratio * t.advantages + torch.where(selected, penalty, 0.0), selected=selected)
 
 
