@@ -102,15 +102,15 @@ def middle(seeds, key):
     """Steps that all seeds have, and the median over the seeds there."""
     known = [dict(zip(*points(steps, key))) for steps in seeds]
     common = [x for x in known[0] if all(x in one for one in known)]
-    return common, [median(one[x] for one in known) for x in common]
+    found = [[one[x] for one in known] for x in common]
+    return common, [math.nan if any(map(math.isnan, values)) else median(values) for values in found]
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def curves(run_dirs, file):
-    """Draws the runs into one PNG. Raises UserError before anything is written if one is no run."""
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+def curves(runs, file):
+    """Draws runs, [(config, steps), ...], into one PNG."""
     shown = experiments(runs)
     palette, variants = colours(method for method, _ in shown), {}
     with rc_context(STYLE):
@@ -169,14 +169,19 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories of train.py")
     parser.add_argument("--out", metavar="DIR", help="where curves.png goes (default: the run, or figures/)")
     o = parser.parse_args()
-    runs = [run for run in o.runs if (Path(run) / "metrics.jsonl").exists()] or o.runs[:1]
-    if passed := sorted(set(o.runs) - set(runs)):
-        print(f"plot.py: no runs, passed over: {', '.join(passed)}", file=sys.stderr)
-    file = Path(o.out or (runs[0] if len(runs) == 1 else "figures")) / "curves.png"
+    runs, faults = {}, []
+    for folder in o.runs:
+        try:
+            runs[folder] = read_run(folder)
+        except UserError as error:
+            faults.append(error)
+    if not runs:
+        parser.exit(2, f"plot.py: error: {faults[0]}\n")
+    for fault in faults:
+        print(f"plot.py: passed over: {fault}", file=sys.stderr)
+    file = Path(o.out or (next(iter(runs)) if len(runs) == 1 else "figures")) / "curves.png"
     try:
-        curves(runs, file)
-    except UserError as error:
-        parser.exit(2, f"plot.py: error: {error}\n")
+        curves(list(runs.values()), file)
     except OSError as error:
         parser.exit(2, f"plot.py: error: argument --out: {file.parent}: {error.strerror}\n")
     print(file)
