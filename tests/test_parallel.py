@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT, _narrow
 from safetensors.torch import load_file
 
-import data
 import entropy
 import losses
 import parallel
@@ -195,8 +194,8 @@ RUNS = {
     "all": "--method kl_ref --advantage prime --filter-groups",  # a reference, a PRM, rounds of sampling
     "few": "--method clip_cov --prompts 1 --mini-batch 1 --samples 3 --eval-limit 1 --gradient-checkpointing",
 }
-SHORT = ("--seed 3 --prompts 8 --mini-batch 4 --samples 4 --eval-limit 9 --final-samples 2 --eval-every 1 "
-         "--passes 2 --lr 1e-4 --device cpu").split()  # fmt: skip
+SHORT = ("--data arithmetic_heldout --eval-data arithmetic --seed 3 --prompts 8 --mini-batch 4 --samples 4 --passes 2"
+         " --eval-limit 9 --final-samples 2 --eval-every 1 --lr 1e-4 --device cpu").split()  # fmt: skip
 
 
 def fail(guilty, error):
@@ -230,10 +229,9 @@ def work(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "PARCEL", 100)  # most gradients travel by themselves
         result["parcels"] = update(model, options("grpo", micro_batch=45))[0]
-        patch.setitem(data.EMBEDDED, "arithmetic", ("train", 64))
-        for name, words in RUNS.items():
-            run(words, f"{folder}/{name}", "--steps", "2")
-        run(RUNS["sharded"], f"{folder}/sharded", "--steps", "3", "--resume")
+    for name, words in RUNS.items():
+        run(words, f"{folder}/{name}", "--steps", "2")
+    run(RUNS["sharded"], f"{folder}/sharded", "--steps", "3", "--resume")
     return result
 
 
