@@ -175,10 +175,13 @@ def lock(out):
 
 
 def begin(config, done=0):
-    """An empty run directory. config.json is removed first and written last: without it nothing has been done
-    yet.
+    """An empty run directory. UserError if meanwhile another process has made a run there and ended.
+
+    config.json is removed first and written last: without it nothing has been done yet.
     """
     out = Path(config["out"])
+    if os.path.getsize(out / "metrics.jsonl") and not (config["resume"] or config["overwrite"]):
+        raise UserError(f"--out: {out} now holds a run; take --resume, --overwrite or another directory")
     (out / "config.json").unlink(missing_ok=True)
     for path in out.iterdir():
         if path.name != "metrics.jsonl":

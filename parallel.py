@@ -153,6 +153,8 @@ def listen():
         if since[-1] - since[0] > ECHO:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
+        if not received and world()[0] == 0:  # not by print, which the signal may have interrupted
+            os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
         received.append(number)
 
     signal.signal(signal.SIGINT, handler)

@@ -191,6 +191,7 @@ def test_asked_to_stop_a_run_finishes_the_step_saves_and_says_how_to_go_on(
     done = len(metrics(out))
     assert 0 < done < 4 and [path.name for path in (out / "checkpoint").iterdir()] == [f"step-{done}"]
     assert f"stopped by {name} after step {done}" in said and "--resume" in said.splitlines()[-1]
+    assert said.count("stopping after this step") == bool(moments)
     resumed(out)
     same(whole("grpo")[0], out)
 
@@ -304,6 +305,15 @@ def test_a_run_that_another_process_is_at_work_on_is_left_alone(whole, tmp_path)
             refused(run(out, "--method", "grpo", more), "--out: another process is at work")
         assert tree(out) == before
     resumed(out)
+
+
+def test_a_run_that_another_process_has_made_since_this_one_began_is_not_replaced(whole, tmp_path):
+    """Both found no run in --out when they began; the quicker one had it to itself."""
+    out = copy(whole("grpo")[0], tmp_path)
+    before, config = tree(out), json.loads((out / "config.json").read_text()) | {"out": str(out)}
+    with pytest.raises(UserError, match="now holds a run"):
+        checkpoint.begin(config)
+    assert tree(out) == before
 
 
 # ---------------------------------------------------------------- other options, other prompts
