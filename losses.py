@@ -158,8 +158,8 @@ def clip_cov(t, o):
 def kl_cov(t, o):
     """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are pulled back.
 
-    These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|, the
-    penalty pushes k N of them up with beta. The two balance where such tokens are a share k beta / |A| of all:
+    These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|,
+    the penalty pushes k N of them up with beta. The two balance at a share of k beta / |A| of all tokens:
     with a constant k, so many errors stay for ever. --anneal lowers k, and with it this floor, to 0.
     """
     selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio * t.strength)
