@@ -1,4 +1,4 @@
-"""What the tests share: one thread, no network, no GPU, seeds, narrow models with random weights, and the chi-square test."""
+"""What the tests share: one thread, no network, no GPU, seeds, narrow random models, the chi-square test."""
 
 import os
 import pathlib
@@ -55,7 +55,8 @@ def _narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **
     shape.update(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, architecture + "ForCausalLM")(getattr(transformers, architecture + "Config")(**shape))
+        config = getattr(transformers, architecture + "Config")(**shape)
+        model = getattr(transformers, architecture + "ForCausalLM")(config)
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.05 * torch.randn_like(p)  # the biases and the norms as well
@@ -64,7 +65,7 @@ def _narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **
 
 @pytest.fixture(scope="session")
 def narrow():
-    """A function that makes a narrow model with random weights: narrow("Qwen3", torch.float64, vocab_size=5, seed=1, ...)."""
+    """narrow("Qwen3", torch.float64, vocab_size=5, seed=1, ...) makes a narrow model with random weights."""
     return _narrow
 
 
@@ -76,7 +77,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def qwen_checkpoint(qwen_tokenizer, tmp_path_factory):
-    """A checkpoint folder like Qwen2.5's but narrow: its tokenizer, its vocabulary, its generation config, random weights."""
+    """A folder like Qwen2.5's: its tokenizer, vocabulary and generation config; narrow, with random weights."""
     folder = tmp_path_factory.mktemp("qwen")
     _narrow(
         vocab_size=151936, hidden_size=16, intermediate_size=32, head_dim=4, tie_word_embeddings=True,
@@ -88,7 +89,7 @@ def qwen_checkpoint(qwen_tokenizer, tmp_path_factory):
 
 
 def _chi_square(observed, expected):
-    """p-value of counts (K,) against the counts expected (K,); cells that expect fewer than 5 are thrown together."""
+    """p-value of counts (K,) against those expected (K,); cells that expect fewer than 5 become one."""
     observed, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (observed, expected))
     assert torch.isclose(observed.sum(), expected.sum(), rtol=1e-6)
     rare = expected < 5

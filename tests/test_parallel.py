@@ -194,8 +194,8 @@ RUNS = {
     "all": "--method kl_ref --advantage prime --filter-groups",  # a reference, a PRM, rounds of sampling
     "few": "--method clip_cov --prompts 1 --mini-batch 1 --samples 3 --eval-limit 1 --gradient-checkpointing",
 }
-SHORT = ("--data arithmetic_heldout --eval-data arithmetic --seed 3 --prompts 8 --mini-batch 4 --samples 4 --passes 2"
-         " --eval-limit 9 --final-samples 2 --eval-every 1 --lr 1e-4 --device cpu").split()  # fmt: skip
+SHORT = ("--data arithmetic_heldout --eval-data arithmetic --seed 3 --prompts 8 --mini-batch 4 --samples 4 "
+         "--passes 2 --eval-limit 9 --final-samples 2 --eval-every 1 --lr 1e-4 --device cpu").split()
 
 
 def fail(guilty, error):

@@ -1,47 +1,50 @@
-"""What the README says can be done: commands of files and options that exist, links that lead somewhere, pinned versions, no one's machine."""
+"""What the pages promise: commands, options, files and links that exist, and recipes as published."""
 
 import argparse
-import ast
 import importlib
 import importlib.metadata
-import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+import torch
+import transformers
 from conftest import ROOT
 
-README = ROOT / "README.md"
-TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
-MODULES = {"pytest", "venv", "pip", "torch.distributed.run"}  # what `python -m` runs in the README
+import data
+import losses
+import train
+
+PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+README, RECIPES = TEXT["README.md"], sorted((ROOT / "recipes").glob("*.txt"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
 def commands():
-    """Every command of python or torchrun in the README's blocks of shell, as its words."""
+    """Every command of python or torchrun in the pages' blocks of shell and in their lines of code."""
     found = []
-    blocks = "\n".join(body for language, body in FENCE.findall(TEXT) if language in ("sh", "bash", "shell", "console"))
-    for line in blocks.replace("\\\n", " ").splitlines():
-        for part in re.split(r"&&|\|\||;|\|", line.removeprefix("$ ")):
-            words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):  # variables of the environment
-                words.pop(0)
-            if words and re.fullmatch(r"python[\d.]*|torchrun", pathlib.PurePath(words[0]).name):
-                found.append(words)
-    return found
+    for text in TEXT.values():
+        blocks = [body for language, body in FENCE.findall(text) if language == "sh"]
+        inline = re.findall(r"`((?:python|torchrun)\s[^`]*)`", FENCE.sub("", text))
+        lines = "".join(blocks).replace("\\\n", " ").splitlines() + inline
+        parts = [" ".join(part.split()) for line in lines for part in re.split(r"&&|;", line)]
+        found += [part for part in parts if re.match(r"(\S*/)?(python[\d.]*|torchrun)\s", part)]
+    return sorted(set(found))
 
 
-def parser_of(script):
-    """The argument parser that a program of this folder itself makes, or None if it makes none."""
-    script = {"entropy.py": "law.py"}.get(script, script)  # entropy.py with arguments is law.py
-    if not re.search(r"ArgumentParser|import options", (ROOT / script).read_text(encoding="utf-8")):
+class Stop(Exception):
+    """Raised where a program would parse its options."""
+
+
+def parser_of(program):
+    """The argument parser of a file such as lab/study.py, or None if it makes none."""
+    path = ROOT / program
+    source = path.read_text(encoding="utf-8")
+    if "def main(" not in source or not re.search(r"parse_args|options\(", source):
         return None
-    module, parsers = importlib.import_module(script.removesuffix(".py")), []
-
-    class Stop(Exception):
-        pass
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module, parsers = importlib.util.module_from_spec(spec), []
 
     def parse_args(parser, *_):
         parsers.append(parser)
@@ -49,118 +52,135 @@ def parser_of(script):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        spec.loader.exec_module(module)
         with pytest.raises(Stop):
-            module.options([]) if hasattr(module, "options") else module.main()
+            module.main()
     return parsers[0]
 
 
-def check(words):
-    """Fails unless the command names a program, files and options that exist."""
-    line = shlex.join(words)
-    scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-    if words[1:2] == ["-m"] and words[2] != "torch.distributed.run":
-        assert words[2] in MODULES, line
-        for word in words[3:]:
-            assert words[2] != "pytest" or word.startswith("-") or (ROOT / word.split("::")[0]).exists(), f"{line}: no {word}"
-        return
-    if words[1:2] == ["-c"]:
-        return
-    assert scripts, f"{line}: which program?"
-    script, argv = words[scripts[0]], words[scripts[0] + 1 :]
-    assert (ROOT / script).is_file(), f"{line}: no {script}"
-    parser = parser_of(script) if "/" not in script else None
-    if parser is None:
-        assert not [word for word in argv if word.startswith("-")], f"{line}: {script} takes no options"
-        return
-    parser.error = lambda message: pytest.fail(f"{line}: {message}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # for @files
-        parser.parse_args(argv)
+def check(line):
+    """Fails unless the command names a program, options and files that exist."""
+    words = shlex.split(line, comments=True)[1:]
+    while words[0].startswith("--n") or words[0].startswith("--rdzv"):  # torchrun's own options
+        words.pop(0)
+    if words[0] == "-m" and words[1] in ("pytest", "venv", "pip"):
+        program, words = None, words[2:]
+    elif words[0] == "-m":
+        assert words[1].startswith("lab."), line
+        program, words = f"{words[1].replace('.', '/')}.py", words[2:]
+    else:
+        program, words = words[0], words[1:]
+    for word in words:
+        if re.match(r"@?(tests|recipes|results|lab)/", word):
+            assert list(ROOT.glob(word.lstrip("@").split("::")[0])), f"{line}: no {word}"
+    if program:
+        assert (ROOT / program).is_file(), f"{line}: no {program}"
+        parser = parser_of(program)
+        if not parser:
+            assert not [word for word in words if word.startswith("-")], f"{line}: {program} takes no options"
+        elif not re.search(r"\.\.\.|\b[A-Z_]+\b", line):  # NAME, RUN_DIR: a pattern, not a command
+            parser.error = lambda message: pytest.fail(f"{line}: {message}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(ROOT)
+                parser.parse_args(words)
 
 
-def test_the_readme_begins_with_a_picture_and_has_the_commands_that_run_and_test_everything():
-    assert re.search(r"!\[[^\]]*\]\(|<img ", TEXT[: TEXT.index("```")])
-    lines = [shlex.join(words) for words in commands()]
-    assert any(line.endswith("train.py --method kl_cov") for line in lines) and any("-m pytest" in line for line in lines)
-
-
-@pytest.mark.parametrize("words", commands(), ids=shlex.join)
-def test_the_command_names_programs_files_and_options_that_exist(words):
-    check(words)
+@pytest.mark.parametrize("line", commands())
+def test_the_command_names_a_program_options_and_files_that_exist(line):
+    check(line)
 
 
 @pytest.mark.parametrize("line", [
-    "python trian.py --method grpo", "python train.py --methode grpo", "python train.py --method gpro", "python train.py --method grpo --steps 0",
-    "torchrun --nproc_per_node=2 train.py --metod grpo", "python train.py @recipes/none.txt --method grpo", "python losses.py --fast",
-    "python eval.py --model tiny --sample 3 4", "python -m pytest tests/test_none.py", "python -m http.server", "python study.py phenomena",
+    "python trian.py --method grpo", "python train.py --methode grpo", "python train.py --method gpro",
+    "python train.py --method grpo --steps 0", "torchrun --nproc_per_node=2 train.py --metod grpo",
+    "python train.py @recipes/none.txt --method grpo", "python losses.py --fast", "python -m http.server",
+    "python -m pytest tests/test_none.py", "python -m lab.study phenomena", "python -m lab.none",
 ])  # fmt: skip
 def test_a_command_that_cannot_run_would_be_found(line):
     with pytest.raises((AssertionError, pytest.fail.Exception)):
-        check(shlex.split(line))
+        check(line)
 
 
-def test_every_option_that_the_text_mentions_belongs_to_a_program_here():
-    known = {"--nproc_per_node", "--nnodes", "--standalone"}  # torchrun's
-    for path in ROOT.glob("*.py"):
-        parser = parser_of(path.name)
-        known |= {name for action in parser._actions for name in action.option_strings} if parser else set()
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", FENCE.sub("", TEXT)))
-    assert mentioned <= known, mentioned - known
+def test_every_option_that_the_pages_mention_belongs_to_a_program_here():
+    known = {"--nproc_per_node", "--nnodes"}  # torchrun's
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("tests/bench/*.py")]:
+        parser = parser_of(path.relative_to(ROOT))
+        known |= set(parser._option_string_actions) if parser else set()
+    for name, text in TEXT.items():
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", FENCE.sub("", text)))
+        assert mentioned <= known, (name, mentioned - known)
 
 
-def test_links_and_pictures_of_the_text_are_files_of_the_repository():
-    prose = FENCE.sub("", TEXT)
-    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
-    for target in targets:
+@pytest.mark.parametrize("name", TEXT)
+def test_links_and_pictures_are_files_of_the_repository(name):
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", FENCE.sub("", TEXT[name])):
         if not re.match(r"\w+:|#", target):
-            assert (ROOT / target.split("#")[0]).exists(), target
+            assert ((ROOT / name).parent / target.split("#")[0]).exists(), target
 
 
-def pins():
-    """{distribution: version} of requirements.txt."""
-    rows = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    rows = [re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?==([\w.!+]+)", row) or row for row in rows if row]
-    assert not [row for row in rows if isinstance(row, str)], "not pinned by =="
-    return {row[1].lower(): row[2] for row in rows}
+def test_the_readme_is_short_begins_with_a_picture_and_has_the_commands_that_run_and_test_everything():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 110
+    assert "![" in README[: README.index("```")]
+    assert any("train.py --method kl_cov" in line for line in lines)
+    assert any(line.startswith("python3 -m venv .venv && ") and "-m pytest" in line for line in lines)
 
 
-def test_every_requirement_is_pinned_exactly():
-    assert {"torch", "transformers", "pytest"} <= set(pins())
-    for name, version in pins().items():
-        assert importlib.metadata.version(name).split("+")[0] == version.split("+")[0], f"{name}: these tests run with another version"
+def test_the_readmes_example_adds_a_method_that_trains(monkeypatch, tmp_path):
+    (block,) = re.findall(r"^```python\n(def .*?)^```", README, re.M | re.S)
+    name = re.search(r'^METHODS\["(\w+)"\] = ', block, re.M)[1]
+    assert name not in losses.METHODS and len(block.splitlines()) <= 10
+    monkeypatch.setattr(losses, "METHODS", dict(losses.METHODS))
+    exec(block, vars(losses))
+    words = "--data arithmetic_heldout --eval-data arithmetic --eval-limit 1 --prompts 8 --device cpu --out"
+    o = train.options(["--method", name, *words.split(), str(tmp_path / "run")])
+    policy, problems, _ = train.load(o)
+    metrics, _ = train.step(policy, train.problems_of_step(problems, 0, o), 1, o)
+    assert metrics["grad_norm"] > 0 and metrics["skipped"] == 0
 
 
-def test_every_package_that_is_imported_is_a_requirement_or_comes_with_one():
-    own = {path.stem for folder in (ROOT, ROOT / "tests") for path in folder.glob("*.py")}
-    plain = lambda name: name.lower().replace("_", "-")
-    needed, more = set(), {plain(name) for name in pins()}
-    while more:
-        needed |= more
-        more = {plain(re.match(r"[\w.-]+", need)[0]) for name in more for need in requires(name)} - needed
-    owners = importlib.metadata.packages_distributions()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            for module in {name.split(".")[0] for name in modules} - own - set(sys.stdlib_module_names):
-                assert set(map(plain, owners.get(module, []))) & needed, f"{path.name} imports {module}"
+def test_every_requirement_is_pinned_to_the_version_that_these_tests_run_with():
+    for line in (ROOT / "requirements.txt").read_text().split():
+        name, version = line.split("==")
+        assert importlib.metadata.version(name).split("+")[0] == version, name
 
 
-def requires(name):
-    """What a distribution needs without extras."""
-    try:
-        return [need for need in importlib.metadata.requires(name) or [] if "extra ==" not in need]
-    except importlib.metadata.PackageNotFoundError:
-        return []
+# ---------------------------------------------------------------- recipes
+
+SIZES = {  # hidden, intermediate, layers, heads, key/value heads, embeddings tied: as published
+    "0.5b": (896, 4864, 24, 14, 2, True), "1.5b": (1536, 8960, 28, 12, 2, True),
+    "3b": (2048, 11008, 36, 16, 2, True), "7b": (3584, 18944, 28, 28, 4, False),
+}  # fmt: skip
 
 
-def test_no_file_names_a_place_on_someones_machine():
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("no git here")
-    place = re.compile(rb"(?<![\w.:/-])/(?:home|root|Users|work|mnt|tmp|opt|workspace)/\w|[A-Z]:\\\\Users")
-    for name in filter(None, listed.stdout.split("\0")):
-        path = ROOT / name
-        if path.suffix in (".png", ".safetensors", ".jsonl") or not path.is_file():
-            continue
-        found = place.search(path.read_bytes())
-        assert not found, f"{name}: {found[0].decode()}"
+@pytest.mark.parametrize("method", ["grpo", "clip_cov", "kl_cov"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_the_published_settings_with_each_method(path, method, tmp_path):
+    o = train.options([f"@{path}", "--method", method, "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert o.model.lower() == f"qwen/{path.stem}" and {o.data, o.eval_data} <= set(data.KNOWN)
+    assert (o.prompts, o.samples, o.prompts // o.mini_batch, o.passes) == (256, 8, 8, 1)
+    assert (o.temperature, o.grad_clip, o.lr, o.filter_groups, o.anneal) == (1.0, 1.0, 5e-7, True, 0)
+    assert (o.clip_low, o.clip_high) == ((1.0, 1.0) if method == "clip_cov" else (0.2, 0.2))
+    assert (o.clip_cov_ratio, o.cov_low, o.cov_high, o.kl_cov_ratio, o.kl_cov_beta) == (2e-4, 1, 5, 2e-3, 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_memory_in_table_and_recipe_is_what_the_formula_gives(size, tmp_path):
+    hidden, intermediate, layers, heads, kv, tied = SIZES[size]
+    config = transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        P = sum(p.numel() for p in transformers.Qwen2ForCausalLM(config).parameters())
+    path = ROOT / "recipes" / f"qwen2.5-{size}.txt"
+    o = train.options([f"@{path}", "--method", "grpo", "--device", "cpu", "--out", str(tmp_path / "run")])
+    a, c = layers * (36 * hidden + 8 * intermediate), 4 * layers * kv * hidden // heads
+    update = 20 * P + a * o.micro_batch + 1e9
+    sampling = 18 * P + c * o.sample_batch * (o.max_prompt_tokens + o.max_new_tokens)
+    want = [P, a / 1e6, c / 1e3, o.micro_batch, o.max_new_tokens, *(x * P / 1e9 for x in (18, 11))]
+    (row,) = re.findall(rf"^\| {size} \| (.*) \|$", TEXT["recipes/README.md"], re.M | re.I)
+    said = [float(x) for x in row.split(" | ")]
+    assert said == pytest.approx([*want, update / 1e9, sampling / 1e9], rel=0.003, abs=0.05)
+    assert all(f"{x / 1e9:.1f} GB" in path.read_text(encoding="utf-8") for x in (update, sampling))
+    assert o.micro_batch >= o.max_prompt_tokens + o.max_new_tokens  # or a row alone would exceed it
