@@ -48,9 +48,9 @@ def _narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **
     import transformers
 
     shape = dict(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=None, eos_token_id=0,
-        initializer_range=0.25, head_dim=8,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.25,
+        pad_token_id=0, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     shape.update(config)
     with torch.random.fork_rng():
@@ -77,7 +77,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def qwen_checkpoint(qwen_tokenizer, tmp_path_factory):
-    """A folder like Qwen2.5's: its tokenizer, vocabulary and generation config; narrow, with random weights."""
+    """A folder like Qwen2.5's: its tokenizer and generation config, but narrow and with random weights."""
     folder = tmp_path_factory.mktemp("qwen")
     _narrow(
         vocab_size=151936, hidden_size=16, intermediate_size=32, head_dim=4, tie_word_embeddings=True,
@@ -112,4 +112,5 @@ def subprocess_of(*argv, launcher=(), **more):
     """`python train.py ...` as a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, ROOT / "train.py", *argv]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, env=environment, **more)
+    more |= {"capture_output": True, "text": True, "timeout": 500, "env": environment}
+    return subprocess.run(list(map(str, command)), **more)
