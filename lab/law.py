@@ -193,7 +193,7 @@ def compare(groups, baseline):
 
 def number(x, ends=None):
     """Two digits, with an interval if there is one; a dash for None."""
-    text = "-" if x is None else f"{x:.2f}"
+    text = "-" if x is None else f"{x:.2f}".replace("-0.00", "0.00")
     return text if ends is None else f"{text} [{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
@@ -201,14 +201,15 @@ def tables(found):
     """The figures as markdown. found: data/law.json, a dict with "fits", "forecasts" and "above"."""
     fits, above_rows = [], []
     for run, w in found["fits"].items():
-        values = [number(w[key], w["interval"][key]) for key in ("a", "b", "ceiling")]
-        fits.append([run, *values, *map(number, w["r2"].values()), number(w["possible"])])
+        values = [number(w[key], w["interval"][key]) for key in ("a", "ceiling")]
+        fits.append([run, number(w["b"]), *values, *map(number, w["r2"].values()), number(w["possible"])])
     forecasts = [[run, *map(number, values)] for run, values in found["forecasts"].items()]
     for label, w in found["above"].items():
         cells = ["-" if x is None else number(x["mean"], x["interval"]) for x in w.values()]
         above_rows.append([label, w["end"]["runs"], *cells])
     forms, parts = [f"R^2, {name}" for name in FORMS], [f"from {part:.0%}" for part in EARLY]
-    text = markdown(["run", "a", "b", "ceiling", *forms, "possible"], fits)
+    text = f"Made by lab/law.py: R = -a exp(H) + b, R is the {found['of']}; 95% intervals.\n\n"
+    text += markdown(["run", "b", "a", "ceiling", *forms, "possible"], fits)
     text += "\n" + markdown(["R at the end of", *parts, "measured"], forecasts)
     if above_rows:
         head = ["above the law of the baseline", "runs", "at equal H", "end - ceiling"]
@@ -236,7 +237,7 @@ def draw(groups, fitted):
                 band = (b[:, None] - a[:, None] * x).quantile(ENDS, 0)
                 r2 = number(r_squared(runs, torch.exp))
                 name = f"R = -{law.a:.2f} exp(H) + {law.b:.2f}, R^2 {r2}"
-                axis.plot(x, law.b - law.a * x, color=colour, linewidth=3, label=name)
+                axis.plot(x, law.b - law.a * x, color=colour, linewidth=4, label=name, zorder=3)
                 axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
         axis.set(ylim=(0, 1), xlabel="exp(H), H = policy entropy, nats per token; training goes to the left",
                  ylabel=f"R, means of {WIDTH} steps", title="Accuracy against entropy")  # fmt: skip

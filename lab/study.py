@@ -8,9 +8,9 @@
 A run is a process with one thread; as many run at a time as there are cores. A study may be stopped at any
 time; the same command continues it. Studies with a row in common share its runs, in runs/study/.
 
-The baseline of a run has the same seed and is the first row with the same starting policy. The window is the 20
-steps after the baseline's entropy has fallen to a tenth of its first value. `ratio` compares the entropy of a
-run with that of its baseline in the window.
+The baseline of a run has the same seed and is the first row with the same starting policy. The window is the
+20 steps after the baseline's entropy has fallen to a tenth of its first value. `ratio` compares the entropy
+of a run with that of its baseline in the window.
 """
 
 import argparse
@@ -58,12 +58,14 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
     "share 0.0001": "--share 0.0001 --wander 0.002",
 }
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
+FIXED = "--steps 200 --anneal 0"  # of a constant strength, as published
 STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
-    "phenomenon": (range(51, 59), [*(Row(m, m) for m in COV),
-                                   Row("grpo, clip 1.0", "grpo", "--clip-low 1 --clip-high 1")]),
-    "methods": (range(51, 56), [Row(m, m) for m in losses.METHODS]),
-    "estimators": (range(51, 56), [Row(e, "grpo", f"--advantage {e}") for e in losses.ESTIMATORS]),
-    "shares": (range(51, 56), [Row(f"{m}, {b}", m, "--steps 100", b) for b in ("tiny", *BASES) for m in COV]),
+    "phenomenon": (range(51, 59), [*(Row(m, m, FIXED) for m in COV),
+                                   Row("grpo, clip 1.0", "grpo", f"{FIXED} --clip-low 1 --clip-high 1")]),
+    "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS]),
+    "estimators": (range(51, 56), [Row(e, "grpo", f"{FIXED} --advantage {e}") for e in losses.ESTIMATORS]),
+    "shares": (range(51, 56), [Row(f"{m}, {base}", m, "--steps 100 --anneal 0", base)
+                               for base in ("tiny", *BASES) for m in COV]),
 }  # fmt: skip
 
 
@@ -242,10 +244,10 @@ def plain_numbers(axis):
 
 
 def draw_curves(found):
-    """Entropy and accuracy over the steps: each run thin, their median thick. Controls stay in the table."""
+    """Entropy and accuracy over the steps: each run thin, the median thick; without the controls."""
     figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, row in enumerate(row for row in found["rows"] if not row["options"]):
+    for i, row in enumerate(row for row in found["rows"] if row["name"] == row["method"]):
         for axis, key in ((left, "entropy"), (right, "accuracy")):
             curves = [run[f"curve of {key}"] for run in row["runs"]]
             for curve in curves:

@@ -9,8 +9,9 @@ starting policy. Its logits over the whole vocabulary are computed before and af
     python -m lab.theorem                  the first update at several learning rates: where it breaks
     python -m lab.theorem --follow N       N steps of training: every update, and each step as a whole
 
-Further options are those of train.py, such as --model DIR and --method. Written to OUT: theorem.md,
-theorem.png and data/theorem.jsonl, a line for each learning rate or step:
+Options of train.py may follow after --, such as `python -m lab.theorem -- --model DIR --method clip_cov`.
+Written to OUT: theorem.md and theorem.png, or with --follow theorem_steps.md and theorem_steps.png, and into
+data/ one JSON line for each learning rate or step:
 
     r2         1 - sum (dH - predicted)^2 / sum (dH - mean dH)^2 over the states; nothing is fitted
     slope      of the least-squares line of dH over the prediction
@@ -150,21 +151,21 @@ def rates_table(lines):
     return markdown(["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope"], rows)
 
 
-def middle(values):
-    """Median and quartiles of the known values."""
-    known = torch.tensor([x for x in values if x is not None], dtype=torch.float64)
+def middle(lines, key, form="{:.2f} ({:.2f} to {:.2f})"):
+    """Median and quartiles of the known values of a figure; a form may show the median only."""
+    known = torch.tensor([line[key] for line in lines if line[key] is not None], dtype=torch.float64)
     quartiles = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
-    return "{:.3g} ({:.2g} to {:.2g})".format(*known.quantile(quartiles)) if len(known) else "-"
+    return form.format(*known.quantile(quartiles)) if len(known) else "-"
 
 
 def steps_table(name, lines):
     """The lines of over_steps as markdown: medians and quartiles over the steps."""
     pairs = torch.tensor([[line["covariance"], -line["dH"]] for line in lines], dtype=torch.float64)
-    rows = [[name, *(middle([line[key] for line in lines]) for key in ("r2", "slope", "moved")),
-             middle([line["whole step"]["r2"] for line in lines]),
-             f"{torch.corrcoef(pairs.T)[0, 1]:.2f}", f"{(pairs[:, 0] > 0).double().mean():.0%}"]]  # fmt: skip
-    head = ["R^2, single updates", "slope", "logits moved", "R^2, whole steps", "corr(cov, -dH)", "cov > 0"]
-    return markdown(["run", *head], rows)
+    row = [name, middle(lines, "r2"), middle(lines, "slope", "{:.2f}"), middle(lines, "moved", "{:.3f}"),
+           middle([line["whole step"] for line in lines], "r2"), f"{torch.corrcoef(pairs.T)[0, 1]:.2f}",
+           f"{(pairs[:, 0] > 0).double().mean():.0%}"]  # fmt: skip
+    head = ["R^2, updates", "slope", "moved", "R^2, whole steps", "corr(cov, -dH)", "cov > 0"]
+    return markdown(["run", *head], [row])
 
 
 def draw(panels):
@@ -204,16 +205,16 @@ def steps_panels(lines):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lab.theorem", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m lab.theorem", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--follow", type=int, metavar="N", help="watch N steps of training")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to compare")
-    parser.add_argument("--method", default="grpo", help="as in train.py (default grpo)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default figures)")
-    own, others = parser.parse_known_args()
+    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of train.py (default: grpo)")
+    own = parser.parse_args()
     out = Path(own.out)
     # train.step writes no files, so the run directory that its options ask for is never made.
-    o = options.options(["--method", own.method, *others, "--out", str(out / "unused")])
+    o = options.options(["--method", "grpo", *own.options, "--out", str(out / "unused")])
     if not own.follow:
         o.mini_batch, o.passes, o.lr = o.prompts, 1, max(own.rates)  # one update
     try:
@@ -223,9 +224,9 @@ def main():
             measured = over_steps(policy, problems, probe, own.follow, o)
         else:
             measured = at_rates(policy, problems, probe, own.rates, o)
-        lines = []
+        lines, name = [], "theorem_steps" if own.follow else "theorem"
         (out / "data").mkdir(parents=True, exist_ok=True)
-        with open(out / "data" / "theorem.jsonl", "w") as file:
+        with open(out / "data" / f"{name}.jsonl", "w") as file:
             for line in measured:
                 lines.append(line)
                 print(json.dumps(line), file=file, flush=True)
@@ -233,7 +234,10 @@ def main():
             text, panels = steps_table(f"{o.method}, seed {o.seed}", lines), steps_panels(lines)
         else:
             text, panels = rates_table(lines), rates_panels(lines)
-        report(out, "theorem", text, None, draw(panels))
+        states = sum(len(positions) for *_, positions in probe)
+        model = Path(o.model).name
+        head = f"Made by lab/theorem.py: {model}, {o.method}, seed {o.seed}, {states} states.\n\n"
+        report(out, name, head + text, None, draw(panels))
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.theorem: error: {error}\n")
 

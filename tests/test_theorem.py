@@ -119,8 +119,8 @@ def test_scaling_the_first_update_equals_training_with_that_learning_rate(loaded
     assert lines[0]["moved"] == pytest.approx(theorem.figures(change, 1)["moved"], rel=1e-3)
 
 
-def command(*arguments):
-    line = [sys.executable, "-m", "lab.theorem", *SMALL, *map(str, arguments)]
+def command(*arguments, model=ROOT / "tiny"):
+    line = [sys.executable, "-m", "lab.theorem", *map(str, arguments), "--", *SMALL, "--model", str(model)]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -136,13 +136,14 @@ def test_the_theorem_holds_at_a_small_learning_rate_and_breaks_at_a_large_one(tm
 def test_following_a_run_writes_a_line_for_each_step_a_table_and_a_picture(tmp_path):
     done = command("--follow", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "data" / "theorem.jsonl").read_text().splitlines()]
+    text = (tmp_path / "data" / "theorem_steps.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert "| kl_cov, seed 0 |" in (tmp_path / "theorem.md").read_text()
-    assert (tmp_path / "theorem.png").stat().st_size > 10_000
+    assert "| kl_cov, seed 0 |" in (tmp_path / "theorem_steps.md").read_text()
+    assert (tmp_path / "theorem_steps.png").stat().st_size > 10_000
 
 
 def test_a_model_that_does_not_load_is_one_line_and_status_2(tmp_path):
     (tmp_path / "empty").mkdir()
-    done = command("--model", tmp_path / "empty", "--out", tmp_path / "out")
+    done = command("--out", tmp_path / "out", model=tmp_path / "empty")
     assert done.returncode == 2 and "lab.theorem: error: --model" in done.stderr.splitlines()[-1]
