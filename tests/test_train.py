@@ -240,6 +240,7 @@ def test_metrics_are_plain_numbers_and_sums_over_counts(options, graded, updates
     for key in ("loss", "grad_norm"):
         assert m[key] == pytest.approx(sum(u.log[key] for u in updates) / 8)
     assert m["tokens"] == COUNT and m["completion_length"] == COUNT / 16 and m["updates"] == 8
+    assert len({u.t.generator.initial_seed() for u in updates}) == 8  # each chooses by its own random numbers
     tokenizer = load_policy(TINY)[1]
     texts = tokenizer.batch_decode(UNEVEN, skip_special_tokens=True)
     assert m["reward"] == sum(len(text) % 2 == 0 for text in texts) / 16
@@ -300,7 +301,7 @@ def test_without_strength_a_method_is_its_base(options, graded, method, base):
         loaded = train.load(o)
         metrics = step(o, 2, loaded)  # one step after the end of --anneal 1
         results.append((metrics["loss"], metrics["grad_norm"], [p.tolist() for p in weights(loaded[0])]))
-        assert method != "clip_cov" or metrics["selected"] == 0
+        assert metrics["selected"] == 0
     assert results[0] == results[1]
 
 
@@ -560,6 +561,15 @@ def test_evaluations_come_first_last_and_as_often_as_asked_and_a_run_can_be_over
         assert [line["step"] for line in lines(run / "metrics.jsonl") if "accuracy" in line] == expected
         assert sorted({line["step"] for line in lines(run / "samples.jsonl")}) == expected
     assert json.loads((run / "config.json").read_text())["seed"] == 6
+
+
+def test_with_filtering_a_step_goes_on_with_the_problem_after_the_last_one(main, tmp_path, monkeypatch):
+    begun, real = [], train.problems_of_step
+    spy = lambda problems, rounds, o: begun.append(rounds) or real(problems, rounds, o)
+    monkeypatch.setattr(train, "problems_of_step", spy)
+    assert main("--method", "grpo", "--filter-groups", "--steps", 4, "--out", tmp_path / "run")[0] == 0
+    taken = [line["rounds"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert begun == [sum(taken[:i]) for i in range(4)] and max(taken) > 1
 
 
 def test_a_policy_that_has_become_nan_stops_the_run_with_one_line(main, tmp_path):
