@@ -236,7 +236,7 @@ def draw(groups, fitted):
                 x = torch.linspace(H.min().exp(), H.max().exp(), 100, dtype=torch.float64)
                 band = (b[:, None] - a[:, None] * x).quantile(ENDS, 0)
                 r2 = number(r_squared(runs, torch.exp))
-                name = f"R = -{law.a:.2f} exp(H) + {law.b:.2f}, R^2 {r2}"
+                name = f"R = {-law.a:.2f} exp(H) + {law.b:.2f}, R^2 {r2}"
                 axis.plot(x, law.b - law.a * x, color=colour, linewidth=4, label=name, zorder=3)
                 axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
         axis.set(ylim=(0, 1), xlabel="exp(H), H = policy entropy, nats per token; training goes to the left",

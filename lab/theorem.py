@@ -144,11 +144,17 @@ def over_steps(policy, problems, probe, steps, o):
 # ---------------------------------------------------------------- tables and the picture
 
 
-def rates_table(lines):
-    """The lines of at_rates as markdown."""
-    keys = ("rate", "moved", "dH", "predicted", "r2", "slope")
-    rows = [["-" if line[key] is None else f"{line[key]:.3g}" for key in keys] for line in lines]
-    return markdown(["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope"], rows)
+def of_rates(lines):
+    """The lines of at_rates as a table in markdown, and a panel for each learning rate."""
+    rows, panels = [], []
+    for line in lines:
+        keys = ("rate", "moved", "dH", "predicted", "r2", "slope")
+        cells = ["-" if line[key] is None else f"{line[key]:.3g}" for key in keys]
+        title = f"lr {cells[0]}: logits moved {cells[1]}\nR^2 {cells[4]}, slope {cells[5]}"
+        rows.append(cells)
+        panels.append((title, "predicted dH, nats", "measured dH, nats", line["points"]))
+    head = ["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope"]
+    return markdown(head, rows), panels
 
 
 def middle(lines, key, form="{:.2f} ({:.2f} to {:.2f})"):
@@ -158,14 +164,19 @@ def middle(lines, key, form="{:.2f} ({:.2f} to {:.2f})"):
     return form.format(*known.quantile(quartiles)) if len(known) else "-"
 
 
-def steps_table(name, lines):
-    """The lines of over_steps as markdown: medians and quartiles over the steps."""
+def of_steps(name, lines):
+    """The lines of over_steps as a table in markdown, and three panels."""
+    whole = [line["whole step"] for line in lines]
     pairs = torch.tensor([[line["covariance"], -line["dH"]] for line in lines], dtype=torch.float64)
     row = [name, middle(lines, "r2"), middle(lines, "slope", "{:.2f}"), middle(lines, "moved", "{:.3f}"),
-           middle([line["whole step"] for line in lines], "r2"), f"{torch.corrcoef(pairs.T)[0, 1]:.2f}",
+           middle(whole, "r2"), f"{torch.corrcoef(pairs.T)[0, 1]:.2f}",
            f"{(pairs[:, 0] > 0).double().mean():.0%}"]  # fmt: skip
     head = ["R^2, updates", "slope", "moved", "R^2, whole steps", "corr(cov, -dH)", "cov > 0"]
-    return markdown(["run", *head], [row])
+    panels = [("steps", "covariance of the step's tokens", "-dH, nats", pairs.tolist())]
+    for title, of in (("whole steps", whole), ("single updates", lines)):
+        points = [point for line in of for point in line["points"]]
+        panels.insert(0, (title, "predicted dH, nats", "measured dH, nats", points))
+    return markdown(["run", *head], [row]), panels
 
 
 def draw(panels):
@@ -181,27 +192,6 @@ def draw(panels):
             axis.set(title=title, xlabel=x, ylabel=y)
             axis.locator_params(nbins=5)
     return figure
-
-
-def rates_panels(lines):
-    """A panel for each learning rate."""
-    panels = []
-    for line in lines:
-        title = f"lr {line['rate']:g}: logits moved {line['moved']:.2g}"
-        if line["r2"] is not None:
-            title += f"\nR^2 {line['r2']:.3f}, slope {line['slope']:.2f}"
-        panels.append((title, "predicted dH, nats", "measured dH, nats", line["points"]))
-    return panels
-
-
-def steps_panels(lines):
-    """Single updates, whole steps, and the covariance of the tokens."""
-    panels = []
-    for title, of in (("single updates", lines), ("whole steps", [line["whole step"] for line in lines])):
-        points = [point for line in of for point in line["points"]]
-        panels.append((title, "predicted dH, nats", "measured dH, nats", points))
-    pairs = [(line["covariance"], -line["dH"]) for line in lines]
-    return [*panels, ("steps", "covariance of the step's tokens", "-dH, nats", pairs)]
 
 
 def main():
@@ -230,13 +220,13 @@ def main():
             for line in measured:
                 lines.append(line)
                 print(json.dumps(line), file=file, flush=True)
-        if own.follow:
-            text, panels = steps_table(f"{o.method}, seed {o.seed}", lines), steps_panels(lines)
-        else:
-            text, panels = rates_table(lines), rates_panels(lines)
+        if not lines:
+            raise UserError(f"no step of {own.follow} had groups with different rewards, so nothing was learnt")
+        run = f"{o.method}, seed {o.seed}"
+        text, panels = of_steps(run, lines) if own.follow else of_rates(lines)
         states = sum(len(positions) for *_, positions in probe)
         model = Path(o.model).name
-        head = f"Made by lab/theorem.py: {model}, {o.method}, seed {o.seed}, {states} states.\n\n"
+        head = f"Made by lab/theorem.py: {model}, {run}, {states} states.\n\n"
         report(out, name, head + text, None, draw(panels))
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.theorem: error: {error}\n")
