@@ -78,7 +78,7 @@ def check(line):
         parser = parser_of(program)
         if not parser:
             assert not [word for word in words if word.startswith("-")], f"{line}: {program} takes no options"
-        elif not re.search(r"\.\.\.|\b[A-Z_]+\b", line):  # NAME, RUN_DIR: a pattern, not a command
+        elif not re.search(r"\.\.\.|--help|\b[A-Z_]+\b", line):  # RUN_DIR: a pattern
             parser.error = lambda message: pytest.fail(f"{line}: {message}")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(ROOT)
