@@ -221,7 +221,7 @@ def main():
                 lines.append(line)
                 print(json.dumps(line), file=file, flush=True)
         if not lines:
-            raise UserError(f"no step of {own.follow} had groups with different rewards, so nothing was learnt")
+            raise UserError("no group had different rewards, so there was no update")
         run = f"{o.method}, seed {o.seed}"
         text, panels = of_steps(run, lines) if own.follow else of_rates(lines)
         states = sum(len(positions) for *_, positions in probe)
