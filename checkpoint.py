@@ -31,7 +31,7 @@ import torch
 import transformers
 
 from data import UserError
-from parallel import world
+from parallel import whole_state, world
 
 KEPT = 2  # checkpoints
 FREE = {  # options that may differ when a run goes on: they change metrics.jsonl by rounding, or only its end
@@ -174,7 +174,7 @@ def lock(out):
     return file
 
 
-def begin(config, done=0):
+def begin(config):
     """An empty run directory. UserError if meanwhile another process has made a run there and ended.
 
     config.json is removed first and written last: without it nothing has been done yet.
@@ -235,9 +235,7 @@ def save_model(policy, folder):
 
 def save(policy, number, o):
     """checkpoint/step-NUMBER: all that the next step needs. All processes call it. OSError if it fails."""
-    for part in parts(policy).values():
-        if hasattr(part, "consolidate_state_dict"):  # sharded: rank 0 collects the state of all
-            part.consolidate_state_dict(to=0)
+    state = {name: whole_state(part) for name, part in parts(policy).items()}
     if world()[0] > 0:
         return
     folder = Path(o.out, "checkpoint", f"step-{number}")
@@ -245,7 +243,7 @@ def save(policy, number, o):
     shutil.rmtree(new, ignore_errors=True)
     save_model(policy, new)
     with whole_or_none(new):
-        torch.save({name: part.state_dict() for name, part in parts(policy).items()}, new / "state.pt")
+        torch.save(state, new / "state.pt")
         files = sorted(path for path in new.rglob("*") if path.is_file())
         sums = {str(path.relative_to(new)): checksum(path) for path in files}
         write_json(new / "sums.json", sums)

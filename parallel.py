@@ -162,6 +162,25 @@ def listen():
     return received
 
 
+def whole_state(part):
+    """The state_dict of a model or optimizer; of a sharded optimizer, on rank 0, with the moments of all
+    processes.
+
+    Its own consolidate_state_dict sends a list of bytes, 58 ns for each: most of an hour for 7 billion
+    parameters.
+    """
+    if not hasattr(part, "optim"):
+        return part.state_dict()
+    params = [p for group in part.param_groups for p in group["params"]]
+    place = {p: i for i, p in enumerate(params)}
+    own = {place[p]: {k: v.cpu() for k, v in moments.items()} for p, moments in part.optim.state.items()}
+    every = [None] * world()[1] if world()[0] == 0 else None
+    dist.gather_object(own, every)
+    groups = [group | {"params": [place[p] for p in group["params"]]} for group in part.param_groups]
+    moments = {i: own for shard in every or [] for i, own in shard.items()}
+    return {"state": dict(sorted(moments.items())), "param_groups": groups}
+
+
 # ---------------------------------------------------------------- the rows of a mini-batch
 
 
