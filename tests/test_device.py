@@ -93,8 +93,11 @@ def of_another_dtype(rows):
     rows.layers[1].keys = rows.layers[1].keys.float()
 
 
-MISTAKES = {left_on_the_cpu: "FakeTensorDeviceMismatchError", looked_at: "DataDependentOutputException",
-            of_another_dtype: "RuntimeError: Expected query, key, and value to have the same dtype"}  # fmt: skip
+MISTAKES = {
+    left_on_the_cpu: "FakeTensorDeviceMismatchError",
+    looked_at: "DataDependentOutputException",
+    of_another_dtype: "RuntimeError: Expected query, key, and value to have the same dtype",
+}
 
 
 def outcomes():
