@@ -82,13 +82,13 @@ def check_attention(config):
     kinds = getattr(config, "layer_types", None)
     if kinds is None:  # one kind of layer
         kinds = ["sliding_attention"] if getattr(config, "sliding_window", None) else ["full_attention"]
-    if set(kinds) != {"full_attention"}:
-        raise UserError(f"it has layers of {', '.join(sorted(set(kinds)))}; sampling needs full_attention in all")
+    if others := ", ".join(sorted(set(kinds) - {"full_attention"})):
+        raise UserError(f"it has layers of {others}, and sampling only does full_attention")
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
         kind = part.get("rope_type") if isinstance(part, dict) else None
         if kind in ("dynamic", "longrope"):
-            raise UserError(f"its rotary embedding ({kind}) changes with the longest row of a batch")
+            raise UserError(f"its rotary embedding ({kind}) depends on the batch; take another model")
 
 
 @torch.no_grad()
@@ -96,12 +96,10 @@ def check_logits(model):
     """UserError if the model does more than apply its head to hidden states, as scoring and sampling do."""
     head = model.get_output_embeddings()
     ids = torch.arange(9)[None] % head.weight.shape[0]
-    base = model.base_model(input_ids=ids, use_cache=True)
-    if any(type(layer) is not DynamicLayer for layer in base.past_key_values.layers):
-        raise UserError("it caches more than the keys and values of its tokens, and the sampler does not")
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(head(base.last_hidden_state), logits, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise UserError("it does more to its logits than its head does, such as scaling or capping them")
+    if not torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise UserError("it scales, caps or else changes the logits of its head; take another model")
 
 
 def end_of_sequence(model, tokenizer):
@@ -125,8 +123,8 @@ def context(config):
 # ---------------------------------------------------------------- rows and their buffers
 
 # Every so many tokens, rows that have ended leave, down to a multiple of so many rows. Attention reads a
-# multiple of so many positions. On a GPU these are not 1: to look at what was drawn is to wait for it, and each
-# number of rows and of positions needs a graph of its own.
+# multiple of so many positions. On a GPU these are not 1: to look at what was drawn is to wait for it, and
+# each number of rows and of positions needs a graph of its own.
 GRAIN_ON_CPU, GRAIN_ON_GPU = (1, 1, 1), (8, 32, 128)
 BUFFERS = weakref.WeakKeyDictionary()  # model -> its Rows, kept for the next call
 
@@ -185,7 +183,7 @@ class Rows(Cache):
         return layer.keys[:n, :, : self.length], layer.values[:n, :, : self.length]
 
     def compact(self, n):
-        """Of n rows, those that have ended leave. Returns how many stay: the rest, and a few for the grain."""
+        """Of n rows, those that have ended leave. Returns how many stay: the rest, rounded up."""
         ended = self.ended[:n].bool()
         m = round_up(n - int(ended.sum()), self.some_rows)
         if m >= n:
@@ -202,8 +200,8 @@ class Rows(Cache):
 def rows_for(model, prefilled, R, capacity, T, eos_ids):
     """The model's Rows from the calls before, with their graphs, or larger ones."""
     rows, like = BUFFERS.pop(model, None), prefilled.layers[0].keys
-    fits = rows and rows.kind == (like.dtype, like.device, frozenset(eos_ids))
-    if not fits or any(have < need for have, need in zip(rows.size, (R, capacity, T))):
+    same = rows is not None and rows.kind == (like.dtype, like.device, frozenset(eos_ids))
+    if not same or any(have < need for have, need in zip(rows.size, (R, capacity, T))):
         rows = None  # gives its memory back first
         rows = Rows(prefilled, R, capacity, T, frozenset(eos_ids))
     BUFFERS[model] = rows
@@ -213,7 +211,7 @@ def rows_for(model, prefilled, R, capacity, T, eos_ids):
 def release(model):
     """Gives back buffers of more than a sixteenth of a GPU's memory: the update after it may need that."""
     rows = BUFFERS.get(model)
-    if rows and rows.state.is_cuda:
+    if rows is not None and rows.state.is_cuda:
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in rows.layers)
         if held * 16 > torch.cuda.get_device_properties(rows.state.device).total_memory:
             del BUFFERS[model]
@@ -308,7 +306,7 @@ def record_and_compare(rows, n, key, step):
         if agree < 0.9:  # a recording may use other kernels, whose rounding changes a token here and there
             problem = "a recorded step draws other tokens"
     except RuntimeError as error:
-        problem = str(error).splitlines()[0]
+        problem = (str(error) or type(error).__name__).splitlines()[0]
     if problem:
         print(f"warning: sampling goes on without CUDA graphs, more slowly: {problem}", file=sys.stderr)
         del RECORD[rows.state.device.type]

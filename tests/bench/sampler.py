@@ -2,8 +2,8 @@
 
     python tests/bench/sampler.py [--model DIR] [--rows 16 64] [--tokens 128] [--device cuda] [--out FILE]
 
-Both sample at temperature 1 from the full distribution, 8 completions of each prompt. Tokens behind the end of a
-completion do not count. Without --model there are 512 rows, on one thread of the CPU:
+Both sample at temperature 1 from the full distribution, 8 completions of each prompt. Tokens behind the end
+of a completion do not count. Without --model there are 512 rows, on one thread of the CPU:
 
 on the task    the embedded policy answers its problems: similar lengths, and many completions are the same
 off the task   the embedded policy goes on after random prompts, and nothing ends: all long, most different
