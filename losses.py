@@ -160,11 +160,12 @@ def kl_cov(t, o):
 
     These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|,
     the penalty pushes k N of them up with beta. The two balance at a share of k beta / |A| of all tokens:
-    with a constant k, so many errors stay for ever. --anneal lowers k, and with it this floor, to 0.
+    with a constant beta, so many errors stay for ever. --anneal lowers it, and with it this floor, to 0.
     """
-    selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio * t.strength)
-    penalty = o.kl_cov_beta * t.log_ratio.abs()
-    return Loss(-t.ratio * t.advantages + torch.where(selected, penalty, 0.0), selected=selected)
+    beta = o.kl_cov_beta * t.strength
+    selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio if beta > 0 else 0)
+    penalty = torch.where(selected, beta * t.log_ratio.abs(), 0.0)
+    return Loss(-t.ratio * t.advantages + penalty, selected=selected)
 
 
 def entropy_bonus(t, o):

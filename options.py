@@ -70,7 +70,7 @@ OPTIONS = {
         ("--answer-field", str, None, "column of the gold answer, likewise"),
     ],
     "run": [
-        ("--steps", positive(int), 400, "rollout batches"),
+        ("--steps", positive(int), 500, "rollout batches"),
         ("--seed", int, 0, "seed of data order, sampling and selection"),
         ("--out", str, None, "run directory (default runs/METHOD-sSEED, or runs/METHOD-ADVANTAGE-sSEED)"),
         ("--save-every", positive(int), 20, "steps between checkpoints, of which the last two are kept"),
@@ -101,7 +101,7 @@ OPTIONS = {
         ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty; published 1"),
         ("--entropy-coef", positive(float), 0.03, "entropy_bonus: weight of a nat of entropy"),
         ("--anneal", count, None, "clip_cov, kl_cov, entropy_bonus: steps over which their strength falls "
-         "linearly to 0; 0: it is constant, as published (default 300 with the embedded problems, else 0)"),
+         "linearly to 0; 0: it is constant, as published (default 400 with the embedded problems, else 0)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL term (arXiv 2402.03300)"),
         ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of tokens that is kept "
          "(default 0.2 and 0.8, arXiv 2506.01939)"),
@@ -173,7 +173,7 @@ def options(argv=None):
     o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)
     o.prm_lr = o.prm_lr or 2 * o.lr
     if o.anneal is None:
-        o.anneal = 300 if o.data == "arithmetic" else 0
+        o.anneal = 400 if o.data == "arithmetic" else 0
     estimator = "" if o.advantage == "grpo" else f"-{o.advantage}"
     o.out = o.out or f"runs/{o.method}{estimator}-s{o.seed}"
     if fault := conflict(o):

@@ -60,6 +60,8 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
 FIXED = "--steps 200 --anneal 0"  # of a constant strength, as published
 STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
+    "annealing": (range(61, 77), [Row(f"{m}, annealed" if m != "grpo" else "grpo, 500 steps", m,
+                                      "--steps 500 --anneal 400") for m in COV]),
     "phenomenon": (range(51, 59), [*(Row(m, m, FIXED) for m in COV),
                                    Row("grpo, clip 1.0", "grpo", f"{FIXED} --clip-low 1 --clip-high 1")]),
     "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS]),

@@ -197,13 +197,13 @@ def test_clip_cov_never_wastes_its_choice_on_tokens_that_are_clipped_already():
 @pytest.mark.parametrize("strength", [0.0, 0.5])
 def test_annealing_takes_from_the_strength_of_what_a_method_adds(strength):
     t, full = mini_batch(strength=strength), mini_batch()
-    for method, ratio in (("clip_cov", 0.15), ("kl_cov", 0.2)):
-        chosen, whole = (places(push(method, x)[0].selected) for x in (t, full))
-        assert len(chosen) == int(strength * ratio * t.mask.sum()) < len(whole)
-        assert method == "clip_cov" or chosen <= whole
-    plain = push("grpo", full)[0].token_loss
-    added, left = (push("entropy_bonus", x)[0].token_loss - plain for x in (full, t))
-    torch.testing.assert_close(left, strength * added)
+    chosen, whole = (places(push("clip_cov", x)[0].selected) for x in (t, full))
+    assert len(chosen) == int(strength * 0.15 * t.mask.sum()) < len(whole)
+    for method, plain in (("kl_cov", -t.ratio * t.advantages), ("entropy_bonus", push("grpo", t)[0].token_loss)):
+        added, left = (push(method, x)[0].token_loss - plain for x in (full, t))
+        torch.testing.assert_close(left, strength * added)
+        assert (added != 0).any()
+    assert bool(push("kl_cov", t)[0].selected.any()) == (strength > 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
