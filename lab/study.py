@@ -1,6 +1,7 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
-    python -m lab.study phenomenon       all runs, then results/phenomenon.md, .png and data/phenomenon.json
+    python -m lab.study annealing        all runs, then results/annealing.md, .png and data/annealing.json
+    python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength, as published
     python -m lab.study methods          every method; `estimators`: every estimator of the advantage
     python -m lab.study shares           starting policies in which the right strategy is rarer or more common
     python -m lab.study NAME --table     no runs: tables and picture again, from data/NAME.json
@@ -60,8 +61,7 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
 FIXED = "--steps 200 --anneal 0"  # of a constant strength, as published
 STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [Row(f"{m}, annealed" if m != "grpo" else "grpo, 500 steps", m,
-                                      "--steps 500 --anneal 400") for m in COV]),
+    "annealing": (range(61, 77), [Row(f"{m}, 500 steps", m, "--steps 500 --anneal 400") for m in COV]),
     "phenomenon": (range(51, 59), [*(Row(m, m, FIXED) for m in COV),
                                    Row("grpo, clip 1.0", "grpo", f"{FIXED} --clip-low 1 --clip-high 1")]),
     "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS]),
@@ -246,10 +246,11 @@ def plain_numbers(axis):
 
 
 def draw_curves(found):
-    """Entropy and accuracy over the steps: each run thin, the median thick; without the controls."""
+    """Entropy and accuracy over the steps: each run thin, the median thick; the first row of each method."""
     figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, row in enumerate(row for row in found["rows"] if row["name"] == row["method"]):
+    first = {row["method"]: row for row in reversed(found["rows"])}  # of each method; the others are controls
+    for i, row in enumerate(reversed(first.values())):
         for axis, key in ((left, "entropy"), (right, "accuracy")):
             curves = [run[f"curve of {key}"] for run in row["runs"]]
             for curve in curves:
@@ -314,7 +315,7 @@ def draw_shares(found):
     return figure
 
 
-PICTURES = {"phenomenon": draw_curves, "shares": draw_shares}  # of the other studies: draw_final
+PICTURES = {"phenomenon": draw_curves, "annealing": draw_curves, "shares": draw_shares}  # of the other studies: draw_final
 
 
 def main():

@@ -199,7 +199,8 @@ def test_annealing_takes_from_the_strength_of_what_a_method_adds(strength):
     t, full = mini_batch(strength=strength), mini_batch()
     chosen, whole = (places(push("clip_cov", x)[0].selected) for x in (t, full))
     assert len(chosen) == int(strength * 0.15 * t.mask.sum()) < len(whole)
-    for method, plain in (("kl_cov", -t.ratio * t.advantages), ("entropy_bonus", push("grpo", t)[0].token_loss)):
+    ppo = push("grpo", t)[0].token_loss
+    for method, plain in (("kl_cov", -t.ratio * t.advantages), ("entropy_bonus", ppo)):
         added, left = (push(method, x)[0].token_loss - plain for x in (full, t))
         torch.testing.assert_close(left, strength * added)
         assert (added != 0).any()
