@@ -291,26 +291,14 @@ def refusal(folder):
     return str(error.value)
 
 
-def test_a_policy_is_in_eval_mode_and_fp32_and_spells_every_problem():
-    from arithmetic import chain_of_thought, correct, problems
-
-    model, tokenizer, eos_ids = load_policy(TINY)
-    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    assert len(tokenizer) == model.config.vocab_size and eos_ids == {tokenizer.eos_token_id}
-    for prompt, _ in problems("heldout", 64):
-        for text in (prompt, chain_of_thought(prompt, correct)):
-            ids = tokenizer(text)["input_ids"]
-            assert tokenizer.decode(ids) == text and not set(ids) & eos_ids
-
-
-def test_a_folder_with_qwens_tokenizer_loads_with_both_its_ends(qwen_checkpoint):
+def test_a_folder_with_qwens_tokenizer_loads_in_fp32_without_dropout_and_with_both_its_ends(qwen_checkpoint):
     model, tokenizer, eos_ids = load_policy(str(qwen_checkpoint))
     assert eos_ids == {151645, 151643} and tokenizer.eos_token_id == 151645
     chat = [{"role": "user", "content": "1+1?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert 151645 in ids  # it stands in every chat prompt, and ends nothing there
-    groups = sample(model, [ids], 2, 4, 1.0, eos_ids, torch.Generator().manual_seed(0))
-    assert [len(c) for c in groups[0]] == [4, 4]
+    assert [len(c) for c in sample(model, [ids], 2, 4, 1.0, eos_ids, noise=noise_for(1, 2, 4))[0]] == [4, 4]
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("listed, ends", [
