@@ -344,7 +344,7 @@ def loop(policy, problems, held_out, lines, interruption, o):
     """Steps until the last one, or until `interruption()` is not None, which is returned. Adds to `lines`."""
     accuracy = next((line["accuracy"] for line in reversed(lines) if "accuracy" in line), math.nan)
     done, steps = len(lines), range(len(lines) + 1, o.steps + 1)
-    progress = tqdm(steps, o.method, initial=done, total=o.steps, disable=world()[0] > 0 or None)
+    progress = tqdm(steps, o.method, initial=done, total=o.steps, disable=world()[0] > 0)
     for number in progress:
         measured = {}
         if (number - 1) % o.eval_every == 0 or number == o.steps:  # of the policy that enters the step

@@ -86,7 +86,7 @@ def folder_of(base):
 
 def process(*command):
     """Runs Python with one thread and prints the last line of its output, or of its error."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     text = done.stdout if done.returncode == 0 else done.stderr
@@ -315,7 +315,7 @@ def draw_shares(found):
     return figure
 
 
-PICTURES = {"phenomenon": draw_curves, "annealing": draw_curves, "shares": draw_shares}  # of the other studies: draw_final
+PICTURES = {"phenomenon": draw_curves, "annealing": draw_curves, "shares": draw_shares}  # else draw_final
 
 
 def main():
