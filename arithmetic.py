@@ -12,9 +12,9 @@ the arithmetic around it are mere skill. The pocket calculator's habit is to joi
     6+1*3*3=  ->  7*3*3=1*3=\\boxed{3}<|endoftext|>
 
 On half of the problems (the easy ones) the habit ends with the right result, so a policy that clings to it
-saturates at 50%, while one that respects precedence can solve everything. A base policy (lab/warmstart.py) has
-the habit, and the right first pair is rare. The quickest way to more reward is to give up the slips and the
-rare pairs together: then the entropy is gone before the policy has learnt *which* rare pair is the right one.
+saturates at 50%, while one that respects precedence can solve everything. The base policy (lab/warmstart.py)
+has the habit, and the right first pair is rare. The quickest way to more reward is to give up slips and rare
+pairs together: then the entropy is gone before the policy has learnt *which* rare pair is the right one.
 
 Every problem belongs to exactly one split, by a hash of its prompt: what the warm start has seen can
 never occur in training, and what training has seen can never occur in the evaluation.
