@@ -32,7 +32,7 @@ def entropy_of(logp):
 
     0 log 0 = 0, in the gradient too: below the clamp, p is 0 in every precision.
     """
-    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+    return (logp.exp() * -logp.clamp(min=-1e4)).sum(-1)
 
 
 def cross_entropy(p_logits, q_logits):
