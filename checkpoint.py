@@ -120,10 +120,10 @@ def plain(value):
 
 
 def append(out, metrics, samples):
-    """Adds a line to metrics.jsonl and lines to samples.jsonl."""
+    """Adds a line to metrics.jsonl and lines to samples.jsonl, both `plain`."""
     for name, lines in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
         with open(Path(out, name), "a") as file:
-            file.writelines(json.dumps(plain(line)) + "\n" for line in lines)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 # ---------------------------------------------------------------- the run directory

@@ -24,7 +24,6 @@ after each benchmark, and what it holds is not computed again: an interrupted co
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -87,9 +86,7 @@ def summary(records, timeouts=0):
 
 def noise(prompt, samples, max_new_tokens, seed):
     """The problem's own uniform numbers for the sampler: (samples, max_new_tokens)."""
-    digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return rollout.uniforms(1, samples, max_new_tokens, generator)[0]
+    return rollout.uniforms(1, samples, max_new_tokens, rollout.seeded(seed, prompt))[0]
 
 
 def complete(model, prompts, ids, samples, temperature, max_new_tokens, eos_ids, batch, seed):

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,7 @@ def step(policy, problems, number, o):
 
 def generator(o, step, purpose):
     """A CPU generator. All randomness follows from (seed, step, purpose); no state has to be saved."""
-    digest = sha256(f"{o.seed}/{step}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return rollout.seeded(o.seed, step, purpose)
 
 
 def problems_of_step(problems, rounds, o):
@@ -354,7 +352,7 @@ def loop(policy, problems, held_out, lines, interruption, o):
         rounds = sum(line.get("rounds", 1) for line in lines)
         metrics, samples = step(policy, problems_of_step(problems, rounds, o), number, o)
         lines.append(checkpoint.plain(metrics | measured))
-        leader(checkpoint.append, o.out, lines[-1], samples if measured else [])
+        leader(checkpoint.append, o.out, lines[-1], checkpoint.plain(samples) if measured else [])
         progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
                              cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")
         stop_if_broken(lines, o)
@@ -440,8 +438,9 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        status = complain(1, f"out of memory: lower --micro-batch {o.micro_batch}, --sample-batch "
-                             f"{o.sample_batch}, --prompts or --max-new-tokens; {saved}")
+        print(f"train.py: error: out of memory: lower --micro-batch {o.micro_batch}, --sample-batch "
+              f"{o.sample_batch}, --prompts or --max-new-tokens; {saved}", file=sys.stderr)  # of any process
+        status = 1
     if dist.is_initialized() and status not in (1, 130):  # else others may wait for this one
         dist.destroy_process_group()
     sys.exit(status)
