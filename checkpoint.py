@@ -235,7 +235,7 @@ def save_model(policy, folder):
 
 def save(policy, number, o):
     """checkpoint/step-NUMBER: all that the next step needs. All processes call it. OSError if it fails."""
-    state = {name: whole_state(part) for name, part in parts(policy).items()}
+    state = {name: whole_state(part) for name, part in parts(policy).items()} | {"memory": policy.memory}
     if world()[0] > 0:
         return
     folder = Path(o.out, "checkpoint", f"step-{number}")
@@ -358,6 +358,7 @@ def restore(policy, folder):
     """The state of all `parts` from a checkpoint. Raises UserError if it is not that of this policy."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        policy.memory = state["memory"]
         for name, part in parts(policy).items():
             part.load_state_dict(state[name])
             own = getattr(part, "optim", part)  # of a sharded optimizer: what this process keeps

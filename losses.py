@@ -13,6 +13,10 @@ that count,
     kl_ref         grpo's loss_i + beta k3_i, k3 estimating KL(policy || starting policy)  2402.03300, eq. 4
     high_entropy   grpo's loss_i, only the 20% of tokens with the highest entropy          2506.01939, sec. 5
     low_entropy    grpo's loss_i, only the other 80%                                       ibid.
+    cw_grpo        grpo's loss_i, A_i smaller where |covariance| is large                  2605.11538
+    opefo          grpo's loss_i, weighted so that entropy stays, to first order           2605.11491
+    adaptive_entropy  entropy_bonus, with c rising while the entropy is below a target     2505.22312
+    entrocraft     grpo's loss_i, only right or only wrong answers outside of a band of H  2604.26326
 
 A method is a function of the mini-batch's tokens and the options; METHODS names it, and it goes with any
 estimator of the advantage. It sees log-probs, never a model, so the same few lines serve any number of
@@ -21,7 +25,7 @@ micro-batches and processes.
     python losses.py      which token's probability each method would raise or lower, on one small mini-batch
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -109,6 +113,7 @@ class Tokens:
     old_entropy: torch.Tensor | None = None  # nats, the policy that sampled
     ref_logp: torch.Tensor | None = None  # log-prob under the starting policy, for those that NEED_REFERENCE
     strength: float = 1.0  # what --anneal leaves of the method's own strength at this step, from 1 down to 0
+    memory: dict = field(default_factory=dict)  # what a method remembers; saved with the run
 
     def __post_init__(self):
         self.log_ratio = (self.logp - self.old_logp).clamp(-20, 20)  # keeps exp() finite
@@ -197,6 +202,55 @@ def low_entropy(t, o):
     return replace(grpo(t, o), selected=kept, kept=kept)
 
 
+def mean_entropy(t):
+    """The mean entropy, in nats, of the mini-batch's tokens under the policy that sampled."""
+    return t.old_entropy[t.mask].mean().item()
+
+
+def cw_grpo(t, o):
+    """CW-GRPO (arXiv 2605.11538): A_i w_i N / sum w, w_i = exp(-Cov_i^2 / (2 sigma^2)), sigma^2 = Var(Cov)."""
+    variance = t.covariance[t.mask].var(correction=0).clamp(min=1e-12)
+    log_w = (-t.covariance.square() / (2 * variance)).masked_fill(~t.mask, -torch.inf)
+    share = torch.softmax(log_w.flatten(), 0).view(log_w.shape)  # w_i / sum w
+    return grpo(replace(t, advantages=t.advantages * share * t.mask.sum()), o)
+
+
+def opefo(t, o):
+    """OPEFO (arXiv 2605.11491): tokens that raise the entropy x (1 + l), those that lower it x (1 - l).
+
+    Token i changes it by dH_i ~= -A_i p_i (log p_i + H_i), to first order; with D+ and D- the sums of the
+    positive and of the negative ones, l = (|D-| - D+) / (|D-| + D+) makes them cancel.
+    """
+    logp, H = t.logp.detach().clamp(-50, 0), t.entropy.detach()
+    change = (-t.advantages * logp.exp() * (logp + H)).masked_fill(~t.mask, 0)
+    balance = t.strength * -change.sum() / change.abs().sum().clamp(min=1e-12)
+    ppo = grpo(t, o)
+    return replace(ppo, token_loss=ppo.token_loss * (1 + balance * change.sign()))
+
+
+def adaptive_entropy(t, o):
+    """Skywork-OR1's coefficient (arXiv 2505.22312): loss - alpha H, only while the entropy is below a target.
+
+    alpha begins at 0. Each update moves it by 1/50 of its bound, up if the mini-batch's entropy is below
+    the target, else down.
+    """
+    low = mean_entropy(t) < o.entropy_target * t.strength
+    alpha = t.memory.get("alpha", 0.0) + (o.entropy_coef if low else -o.entropy_coef) / 50
+    t.memory["alpha"] = alpha = min(max(alpha, 0.0), o.entropy_coef)
+    ppo = grpo(t, o)
+    return replace(ppo, token_loss=ppo.token_loss - alpha * low * t.entropy)
+
+
+def entrocraft(t, o):
+    """Entrocraft (arXiv 2604.26326): entropy above the target +10%: only A > 0 counts; below -10%: A < 0."""
+    H, target, kept = mean_entropy(t), o.entropy_target * t.strength, t.mask
+    if H > 1.1 * target:
+        kept = kept & (t.advantages > 0)
+    elif H < 0.9 * target:
+        kept = kept & (t.advantages < 0)
+    return replace(grpo(t, o), selected=kept, kept=kept)
+
+
 METHODS = {
     "grpo": grpo,
     "clip_higher": clip_higher,
@@ -206,6 +260,10 @@ METHODS = {
     "kl_ref": kl_ref,
     "high_entropy": high_entropy,
     "low_entropy": low_entropy,
+    "cw_grpo": cw_grpo,
+    "opefo": opefo,
+    "adaptive_entropy": adaptive_entropy,
+    "entrocraft": entrocraft,
 }
 NEED_REFERENCE = {"kl_ref", "prime"}  # they compare with the starting policy, which stays in memory
 
@@ -238,7 +296,7 @@ def main():
     now = torch.tensor([[0.9, 0.75], [0.9, 0.045], [0.8, 0.3]])
     o = SimpleNamespace(clip_low=0.2, clip_high=0.2, clip_cov_ratio=0.17, cov_low=1.0, cov_high=100.0,
                         kl_cov_ratio=0.17, kl_cov_beta=1.0, entropy_coef=0.1, kl_ref_beta=1.0,
-                        entropy_fraction=0.5)
+                        entropy_fraction=0.5, entropy_target=0.4)
     t = example(now)
     print("\nthe first group after an update: how each method pushes the probability of each token")
     for name, values in (("probability", t.logp.exp()), ("when sampled", t.old_logp.exp()),

@@ -70,7 +70,7 @@ OPTIONS = {
         ("--answer-field", str, None, "column of the gold answer, likewise"),
     ],
     "run": [
-        ("--steps", positive(int), 500, "rollout batches"),
+        ("--steps", positive(int), 800, "rollout batches"),
         ("--seed", int, 0, "seed of data order, sampling and selection"),
         ("--out", str, None, "run directory (default runs/METHOD-sSEED, or runs/METHOD-ADVANTAGE-sSEED)"),
         ("--save-every", positive(int), 20, "steps between checkpoints, of which the last two are kept"),
@@ -97,11 +97,14 @@ OPTIONS = {
         ("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient; published 2e-4"),
         ("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this; as published"),
         ("--cov-high", number, 1000.0, "clip_cov: and below this; published 5"),
-        ("--kl-cov-ratio", fraction, 0.01, "kl_cov: fraction of tokens with the penalty; published 2e-3"),
+        ("--kl-cov-ratio", fraction, 0.02, "kl_cov: fraction of tokens with the penalty; published 2e-3"),
         ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty; published 1"),
-        ("--entropy-coef", positive(float), 0.03, "entropy_bonus: weight of a nat of entropy"),
-        ("--anneal", count, None, "clip_cov, kl_cov, entropy_bonus: steps over which their strength falls "
-         "linearly to 0; 0: it is constant, as published (default 400 with the embedded problems, else 0)"),
+        ("--entropy-coef", positive(float), 0.03, "entropy_bonus: weight of a nat of entropy; "
+         "adaptive_entropy: its largest weight, published 5e-3"),
+        ("--entropy-target", positive(float), 0.1, "adaptive_entropy, entrocraft: nats that they hold; "
+         "published 0.2, and 0.65 falling to 0.45"),
+        ("--anneal", count, None, "steps over which the method's own strength falls linearly to 0; 0: it is "
+         "constant, as published (default 640 with the embedded problems, else 0)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL term (arXiv 2402.03300)"),
         ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of tokens that is kept "
          "(default 0.2 and 0.8, arXiv 2506.01939)"),
@@ -111,7 +114,7 @@ OPTIONS = {
         ("--prm-lr", positive(float), None, "prime: learning rate of its model (default 2 x --lr)"),
     ],
     "evaluation": [
-        ("--eval-every", positive(int), 5, "steps between evaluations on --eval-data"),
+        ("--eval-every", positive(int), 10, "steps between evaluations on --eval-data"),
         ("--eval-limit", positive(int), 512, "problems of --eval-data that are used"),
         ("--final-samples", positive(int), 32, "completions of each for pass@k of the final policy"),
     ],
@@ -173,7 +176,7 @@ def options(argv=None):
     o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)
     o.prm_lr = o.prm_lr or 2 * o.lr
     if o.anneal is None:
-        o.anneal = 400 if o.data == "arithmetic" else 0
+        o.anneal = 640 if o.data == "arithmetic" else 0
     estimator = "" if o.advantage == "grpo" else f"-{o.advantage}"
     o.out = o.out or f"runs/{o.method}{estimator}-s{o.seed}"
     if fault := conflict(o):

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Policy:
     optimizer: torch.optim.Optimizer
     reference: torch.nn.Module | None = None  # the starting policy, for losses.NEED_REFERENCE
     prm: Any = None  # prime.py's process reward model
+    memory: dict = field(default_factory=dict)  # what a method remembers from update to update
 
 
 @dataclass
@@ -229,6 +230,7 @@ def update(policy, batch, choice, strength, first, o):
     t = losses.Tokens(
         logp.requires_grad_(), batch.old_logp, batch.advantages, batch.mask, entropy.requires_grad_(),
         generator=choice, old_entropy=batch.entropy, ref_logp=batch.ref_logp, strength=strength,
+        memory=policy.memory,
     )
     loss = losses.METHODS[o.method](t, o)
     kept = t.mask if loss.kept is None else loss.kept

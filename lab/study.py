@@ -1,13 +1,16 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
-    python -m lab.study annealing        all runs, then results/annealing.md, .png and data/annealing.json
+    python -m lab.study annealing        every method as by default: its strength falls to 0
+    python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
+    python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength, as published
-    python -m lab.study methods          every method; `estimators`: every estimator of the advantage
+    python -m lab.study methods          every method so; `estimators`: every estimator of the advantage
     python -m lab.study shares           starting policies in which the right strategy is rarer or more common
     python -m lab.study NAME --table     no runs: tables and picture again, from data/NAME.json
 
-A run is a process with one thread; as many run at a time as there are cores. A study may be stopped at any
-time; the same command continues it. Studies with a row in common share its runs, in runs/study/.
+It writes results/NAME.md, NAME.png and data/NAME.json. A run is a process with one thread; as many run at a
+time as there are cores. A study may be stopped at any time; the same command continues it, and does not
+repeat the runs in data/NAME.json. Studies with a row in common share its runs, in runs/study/.
 
 The baseline of a run has the same seed and is the first row with the same starting policy. The window is the
 20 steps after the baseline's entropy has fallen to a tenth of its first value. `ratio` compares the entropy
@@ -17,6 +20,7 @@ of a run with that of its baseline in the window.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +37,7 @@ import eval as evaluation
 import losses
 import plot
 from arithmetic import chain_of_thought, correct, leftmost
+from lab.controls import CONTROLS
 from lab.law import markdown, report
 from lab.page import read_samples
 from rollout import TINY, load_policy
@@ -50,6 +55,7 @@ class Row:
     options: str = ""  # further options
     base: str = "tiny"  # the starting policy: tiny/, or a key of BASES
     program: str = "train.py"  # or "-m lab.NAME": a module that adds to losses.METHODS and calls train.main
+    most: int | None = None  # only the first so many seeds of the study
 
 
 BASES = {  # other starting policies: the options of lab/warmstart.py that make them
@@ -60,10 +66,33 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
 }
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
 FIXED = "--steps 200 --anneal 0"  # of a constant strength, as published
+OFTEN = "--eval-every 1 --eval-limit 8"  # so that samples.jsonl has completions of every step
+ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
+FREE = "--clip-low 1 --clip-high 1"  # Clip-Cov's range, in effect no clip
+
+
+def annealed(method, more="", most=None, program="train.py"):
+    """A row of the annealed studies."""
+    name = f"{method}, annealed" if program == "train.py" else method
+    return Row(name, method, f"{ANNEALED} {more}".strip(), program=program, most=most)
+
+
 STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [Row(f"{m}, 500 steps", m, "--steps 500 --anneal 400") for m in COV]),
+    "annealing": (range(61, 77), [
+        *map(annealed, [*COV, "entropy_bonus"]),
+        Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64"),
+        *(annealed(m, most=8) for m in losses.METHODS if m not in [*COV, "entropy_bonus", "low_entropy"]),
+    ]),
+    "controls": (range(61, 69), [
+        *map(annealed, COV),
+        *(annealed(name, FREE if "clip" in name else "", program="-m lab.controls") for name in CONTROLS),
+    ]),
+    "floor": (range(81, 83), [
+        Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
+        for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
+    ]),
     "phenomenon": (range(51, 59), [*(Row(m, m, FIXED) for m in COV),
-                                   Row("grpo, clip 1.0", "grpo", f"{FIXED} --clip-low 1 --clip-high 1")]),
+                                   Row("grpo, clip 1.0", "grpo", f"{FIXED} {FREE}")]),
     "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS]),
     "estimators": (range(51, 56), [Row(e, "grpo", f"{FIXED} --advantage {e}") for e in losses.ESTIMATORS]),
     "shares": (range(51, 56), [Row(f"{m}, {base}", m, "--steps 100 --anneal 0", base)
@@ -155,38 +184,60 @@ def top_fifth(samples):
     return sum(entropy[: len(entropy) // 5]) / sum(entropy)
 
 
-def measure(run_dir, baseline):
-    """The figures of one run. baseline: the run directory of the baseline with the same seed."""
+def rare_wrong(samples):
+    """(share, mean |A|) of the tokens with Cov > 1 and A < 0: those whose decay KL-Cov opposes."""
+    pairs = [pair for line in samples for pair in zip(line["covariance"], line["advantage"])]
+    found = [-A for cov, A in pairs if cov > 1 and A < 0]
+    return len(found) / len(pairs), fmean(found) if found else None
+
+
+def measure(run_dir, baseline=None):
+    """The figures of one run. baseline: those of the baseline with the same seed; None: the run is one."""
     steps, final = plot.read_run(run_dir)[1], json.loads((run_dir / "final.json").read_text())
-    reference = [line["entropy"] for line in plot.read_run(baseline)[1]]
-    entropy = [line["entropy"] for line in steps]
-    early = [line for line in read_samples(run_dir) if line["step"] <= WINDOW]
+    entropy, samples = [line["entropy"] for line in steps], read_samples(run_dir)
     figures = {"first": entropy[0], "fell": collapse(entropy), "window": None, "ratio": None,
-               "last": fmean(entropy[-10:]), "top fifth": top_fifth(early), "accuracy": final["accuracy"],
+               "last": fmean(entropy[-10:]), "accuracy": final["accuracy"],
+               "top fifth": top_fifth([line for line in samples if line["step"] <= WINDOW]),
                "sampled": final["accuracy_sampled"], "pass@32": final["pass_at"]["32"]}  # fmt: skip
-    start = collapse(reference)
-    if start is not None:
+    figures["rare wrong"] = rare_wrong([line for line in samples if line["step"] > len(steps) / 2])
+    baseline = baseline or figures
+    if (start := baseline["fell"]) is not None:
         figures["window"] = fmean(entropy[start : start + WINDOW])
-        figures["ratio"] = figures["window"] / fmean(reference[start : start + WINDOW])
-    for key in ("entropy", "reward", "accuracy"):
-        curve = [[line["step"], line[key]] for line in steps if line.get(key) is not None]
-        figures[f"curve of {key}"] = curve
+        figures["ratio"] = figures["window"] / baseline["window"]
+    means = [(line["step"], fmean(entropy[i : i + 5])) for i, line in enumerate(steps) if i % 5 == 0]
+    figures["curve of entropy"] = [[step, float(f"{H:.4g}")] for step, H in means]
+    figures["curve of accuracy"] = [[x["step"], x["accuracy"]] for x in steps if "accuracy" in x]
     return figures
 
 
-def collect(study, rows, seeds):
-    """data/STUDY.json: the starting policies, and every row with the figures of its complete runs."""
-    bases = {row.base: starting_policy(folder_of(row.base)) for row in rows}
-    found = {"study": study, "bases": bases, "rows": []}
+def seeds_of(row, seeds):
+    """The seeds of a row."""
+    return list(seeds)[: row.most]
+
+
+def kept(old, row):
+    """{seed: figures} of the runs of a row in data/STUDY.json as it was before."""
+    same = lambda other: all(other[key] == getattr(row, key) for key in ("name", "method", "options", "base"))
+    return {run["seed"]: run for other in old.get("rows", []) if same(other) for run in other["runs"]}
+
+
+def collect(study, rows, seeds, old):
+    """data/STUDY.json: the starting policies, and every row with the figures of its complete runs.
+
+    old: data/STUDY.json as it was before, of which the runs are kept that are not on this machine.
+    """
+    known_bases = old.get("bases", {})
+    bases = {row.base: known_bases.get(row.base) or starting_policy(folder_of(row.base)) for row in rows}
+    found, baselines = {"study": study, "bases": bases, "rows": []}, {}
     for row in rows:
-        runs = []
-        for seed in seeds:
-            baseline = next(other for other in rows if other.base == row.base)
-            out, reference = place(f"{row.name}-s{seed}"), place(f"{baseline.name}-s{seed}")
-            if (out / "final.json").exists() and (reference / "final.json").exists():
-                runs.append({"seed": seed} | measure(out, reference))
+        runs = kept(old, row)
+        for seed in seeds_of(row, seeds):
+            out = place(f"{row.name}-s{seed}")
+            if (out / "final.json").exists():
+                runs[seed] = {"seed": seed} | measure(out, baselines.get(row.base, {}).get(seed))
+        baselines.setdefault(row.base, runs)
         if runs:
-            found["rows"].append(asdict(row) | {"runs": runs})
+            found["rows"].append(asdict(row) | {"runs": [runs[seed] for seed in sorted(runs)]})
     return found
 
 
@@ -204,6 +255,17 @@ def mean(row, key, form):
     return form.format(fmean(values)) if values else "-"
 
 
+def gain(row, baseline):
+    """Mean gain in accuracy over the baseline with the same seed, in points, with a 95% bootstrap interval."""
+    before = {run["seed"]: run["accuracy"] for run in baseline["runs"]}
+    gains = [100 * (run["accuracy"] - before[run["seed"]]) for run in row["runs"] if run["seed"] in before]
+    if row is baseline or not gains:
+        return "-"
+    rng = random.Random(0)
+    means = sorted(fmean(rng.choices(gains, k=len(gains))) for _ in range(4000))
+    return f"{fmean(gains):+.0f} [{means[99]:+.0f}, {means[-100]:+.0f}]"
+
+
 def tables(found):
     """The starting policies, the accuracies and the entropies, as markdown."""
     bases, accuracies, entropies = [], [], []
@@ -212,8 +274,10 @@ def tables(found):
     for row in found["rows"]:
         greedy, fell, runs = known(row, "accuracy"), known(row, "fell"), row["runs"]
         every = " ".join(f"{100 * x:.0f}" for x in greedy)
+        baseline = next(other for other in found["rows"] if other["base"] == row["base"])
         accuracies.append([row["name"], every, f"{fmean(greedy):.1%}", f"{median(greedy):.1%}",
-                           mean(row, "sampled", "{:.1%}"), mean(row, "pass@32", "{:.1%}")])  # fmt: skip
+                           gain(row, baseline), mean(row, "sampled", "{:.1%}"),
+                           mean(row, "pass@32", "{:.1%}")])  # fmt: skip
         when = f"{len(fell)} of {len(runs)}" + (f", step {median(fell) + 1:.0f}" if fell else "")
         entropies.append([row["name"], *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
                           mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}")])  # fmt: skip
@@ -222,7 +286,8 @@ def tables(found):
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
         f"Seeds: {seeds}\n",
         markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
-        markdown(["run", "greedy, each seed, %", "mean", "median", "sampled", "pass@32"], accuracies),
+        markdown(["run", "greedy, each seed, %", "mean", "median", "above the first row, points [95%]",
+                  "sampled", "pass@32"], accuracies),
         markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
                   "in the top fifth"], entropies),
     ])  # fmt: skip
@@ -332,10 +397,14 @@ def main():
     if o.table:
         found = json.loads((Path(o.out) / "data" / f"{o.study}.json").read_text())
     else:
+        file = Path(o.out) / "data" / f"{o.study}.json"
+        old = json.loads(file.read_text()) if file.exists() else {}
+        jobs = [(row, seed) for seed in seeds for row in rows
+                if seed in seeds_of(row, seeds) and seed not in kept(old, row)]  # fmt: skip
         with ThreadPoolExecutor(o.jobs) as pool:
-            list(pool.map(make_base, {row.base for row in rows if row.base in BASES}))
-            list(pool.map(lambda job: run(*job), [(row, seed) for seed in seeds for row in rows]))
-        found = collect(o.study, rows, seeds)
+            list(pool.map(make_base, {row.base for row, _ in jobs if row.base in BASES}))
+            list(pool.map(lambda job: run(*job), jobs))
+        found = collect(o.study, rows, seeds, old)
     with rc_context(plot.STYLE | {"lines.markersize": 10}):
         report(o.out, o.study, tables(found), found, PICTURES.get(o.study, draw_final)(found))
 

@@ -11,10 +11,10 @@ from losses import COMPARE_BATCH, ESTIMATORS, METHODS, Tokens, aggregate, group_
 
 IN_GROUPS = sorted(set(ESTIMATORS) - COMPARE_BATCH)
 PPO = [name for name in METHODS if name != "kl_cov"]  # the methods with PPO's clip
-WITHOUT_SIGNAL = ["entropy_bonus", "kl_ref"]  # they have a gradient where all advantages are 0
+WITHOUT_SIGNAL = ["entropy_bonus", "kl_ref", "adaptive_entropy"]  # they have a gradient where all advantages are 0
 O = SimpleNamespace(
     clip_low=0.2, clip_high=0.28, clip_cov_ratio=0.15, cov_low=0.1, cov_high=2.0, kl_cov_ratio=0.2,
-    kl_cov_beta=1.5, entropy_coef=0.1, kl_ref_beta=0.5, entropy_fraction=0.3,
+    kl_cov_beta=1.5, entropy_coef=0.1, kl_ref_beta=0.5, entropy_fraction=0.3, entropy_target=9.0,
 )  # fmt: skip
 
 
@@ -143,9 +143,26 @@ def formula(method, p, old, A, H, ref, acts):
     if method == "kl_ref":
         d = ref - p
         loss, slope = loss + 0.5 * (math.exp(d) - 1 - d), slope + 0.5 * (1 - math.exp(d))
-    if method in ("high_entropy", "low_entropy") and not acts:
+    if method in ("high_entropy", "low_entropy", "entrocraft") and not acts:
         slope = 0.0  # not in the mean
+    if method == "adaptive_entropy":
+        return loss - 0.1 / 50 * H, slope, -0.1 / 50
     return loss, slope, 0.0
+
+
+def weights(method, t):
+    """{position: what the method multiplies the token's loss by}."""
+    cov = covariances(t)
+    if method == "cw_grpo":
+        w = {at: math.exp(-(c**2) / (2 * statistics.pvariance(cov.values()))) for at, c in cov.items()}
+        return {at: w[at] / statistics.fmean(w.values()) for at in w}
+    if method == "opefo":
+        A, logp, H = t.advantages, t.logp.detach().clamp(max=0), t.entropy.detach()
+        flow = {at: (-A[at] * logp[at].exp() * (logp[at] + H[at])).item() for at in cov}
+        up, down = (sum(max(sign * x, 0) for x in flow.values()) for sign in (1, -1))
+        share = (down - up) / (down + up)
+        return {at: 1 + share if x > 0 else 1 - share for at, x in flow.items()}
+    return dict.fromkeys(cov, 1.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -153,12 +170,14 @@ def formula(method, p, old, A, H, ref, acts):
 def test_every_method_is_its_formula_and_so_is_its_gradient(method, seed):
     t = mini_batch(seed)
     loss, dlogp, dH = push(method, t)
-    clipped = set()
+    clipped, factor = set(), weights(method, t)
     for at in places(t.mask):
         p, old, A, H, ref = (x[at].item() for x in (t.logp, t.old_logp, t.advantages, t.entropy, t.ref_logp))
         acts = loss.selected is not None and bool(loss.selected[at])
         got = loss.token_loss[at].item(), dlogp[at].item(), dH[at].item()
-        assert got == pytest.approx(formula(method, p, old, A, H, ref, acts), rel=1e-12, abs=1e-15)
+        want = formula(method, p, old, A, H, ref, acts)
+        want = want[0] * factor[at], want[1] * factor[at], want[2]
+        assert got == pytest.approx(want, rel=1e-9, abs=1e-15)
         if min(max(math.exp(p - old), 0.8), 1.28) * A < math.exp(p - old) * A:
             clipped.add(at)
     assert (dlogp[~t.mask] == 0).all() and (dH[~t.mask] == 0).all()
@@ -183,6 +202,38 @@ def test_every_method_acts_on_the_tokens_of_the_whole_mini_batch_that_it_says(se
     low = METHODS["low_entropy"](t, options(entropy_fraction=0.7))
     assert torch.equal(low.kept, t.mask & ~chosen["high_entropy"].kept)  # the two divide the tokens
     assert torch.equal(low.selected, low.kept)
+    assert torch.equal(chosen["entrocraft"].kept, t.mask & (t.advantages < 0))  # the entropy is low
+
+
+def test_opefo_leaves_the_entropy_as_it_is_to_first_order():
+    t = mini_batch(drift=0.0)
+    _, slope, _ = push("opefo", t)
+    flow = slope * t.logp.exp() * (t.logp + t.entropy)
+    assert flow.sum().abs() < 1e-12 * flow.abs().sum()
+    assert push("opefo", mini_batch(drift=0.0, strength=0.0))[1].equal(push("grpo", t)[1])
+
+
+def test_the_adaptive_coefficient_rises_below_its_target_falls_above_and_stays_within_its_bounds():
+    memory, H = {}, mini_batch().old_entropy[mini_batch().mask].mean().item()
+
+    def alpha(target, times):
+        for _ in range(times):
+            added = push("adaptive_entropy", mini_batch(memory=memory), options(entropy_target=target))[2]
+            assert added[mini_batch().mask].unique().item() == (-memory["alpha"] if H < target else 0)
+        return memory["alpha"]
+
+    assert alpha(H - 0.01, 2) == 0
+    assert alpha(H + 0.01, 3) == pytest.approx(0.006)
+    assert alpha(H - 0.01, 1) == pytest.approx(0.004)
+    assert alpha(H + 0.01, 99) == 0.1
+
+
+def test_entrocraft_lets_only_the_right_answers_count_above_its_band_and_all_within():
+    t = mini_batch()
+    H = t.old_entropy[t.mask].mean().item()
+    kept = [push("entrocraft", t, options(entropy_target=H * f))[0].kept for f in (0.9, 1.0, 1.12)]
+    assert [places(k) for k in kept] == [places(t.mask & (t.advantages > 0)), places(t.mask),
+                                         places(t.mask & (t.advantages < 0))]  # fmt: skip
 
 
 def test_clip_cov_never_wastes_its_choice_on_tokens_that_are_clipped_already():
@@ -225,10 +276,12 @@ def test_on_the_first_mini_batch_every_method_is_the_policy_gradient_except_wher
     if method == "clip_cov":
         free = free & ~loss.selected
     assert (t.ratio == 1).all() and free.any() and (slope[~free] == 0).all()
-    torch.testing.assert_close(slope[free], -t.advantages[free], rtol=1e-12, atol=0)
+    factor = weights(method, t)
+    want = [-t.advantages[at].item() * factor[at] for at in map(tuple, free.nonzero().tolist())]
+    assert slope[free].tolist() == pytest.approx(want, rel=1e-9)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"opefo"}))  # it cancels the only change there is
 @pytest.mark.parametrize("token, advantage", [(0, 1), (1, 1), (0, -1), (1, -1)])
 def test_a_rewarded_token_becomes_likelier_and_entropy_falls_if_it_was_likely(method, token, advantage):
     z = float64(1.0, -1.0).requires_grad_()  # probabilities .88 and .12

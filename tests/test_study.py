@@ -2,15 +2,18 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 from matplotlib.image import imread
 
+import losses
 import options
 from arithmetic import chain_of_thought, correct, leftmost, problems
 from lab import study
+from lab.controls import CONTROLS
 
 DATA = sorted((ROOT / "results" / "data").glob("*.json"))
 
@@ -54,7 +57,8 @@ def test_the_window_begins_where_the_baseline_has_lost_nine_tenths_of_its_entrop
     assert study.collapse([1.0, 0.5]) is None
 
 
-def test_every_row_is_a_command_that_train_takes_and_its_name_is_one_directory():
+def test_every_row_is_a_command_that_train_takes_and_its_name_is_one_directory(monkeypatch):
+    monkeypatch.setattr(losses, "METHODS", losses.METHODS | CONTROLS)
     for _, rows in study.STUDIES.values():
         for row in rows:
             options.command_line().parse_args(["--method", row.method, *row.options.split()])
@@ -73,14 +77,19 @@ def test_a_study_runs_continues_and_writes_table_data_and_picture(tmp_path, monk
         study.run(row, 1)
     metrics = (tmp_path / "grpo-s1" / "metrics.jsonl").read_text()
     (tmp_path / "grpo-s1" / "final.json").unlink()  # as if it had been interrupted
-    assert [row["name"] for row in study.collect("x", rows, [1])["rows"]] == []  # no baseline, no comparison
+    (other,) = study.collect("x", rows, [1], {})["rows"]  # no baseline, no comparison
+    assert other["name"] == "kl_cov" and other["runs"][0]["ratio"] is None
     study.run(rows[0], 1)
     assert (tmp_path / "grpo-s1" / "metrics.jsonl").read_text() == metrics
 
-    found = study.collect("methods", rows, [1, 2])  # seed 2 was not run
+    found = study.collect("methods", rows, [1, 2], {})  # seed 2 was not run
     assert [[run["seed"] for run in row["runs"]] for row in found["rows"]] == [[1], [1]]
     assert found["rows"][0]["runs"][0]["first"] == json.loads(metrics.splitlines()[0])["entropy"]
-    assert found["rows"][0]["runs"][0]["curve of entropy"][1][0] == 2
+    assert found["rows"][0]["runs"][0]["curve of entropy"][0][0] == 1
+    shutil.rmtree(tmp_path / "kl_cov-s1")  # another machine, where only the figures are known
+    assert study.collect("methods", rows, [1, 2], found) == found
+    changed = [rows[0], replace(rows[1], options="--steps 3")]
+    assert len(study.collect("methods", changed, [1], found)["rows"]) == 1
     study.report(tmp_path, "methods", study.tables(found), found, study.draw_final(found))
     text = (tmp_path / "methods.md").read_text()
     assert "`python -m lab.study methods`" in text and "| kl_cov |" in text
@@ -111,9 +120,11 @@ def test_the_table_shows_every_seed_with_mean_and_median():
         return {"seed": seed, "accuracy": accuracy, "sampled": 0.5, "pass@32": None, "first": 0.2,
                 "window": 0.1, "ratio": 2.0, "last": 0.05, "fell": fell, "top fifth": 0.9}  # fmt: skip
 
-    row = {"name": "grpo", "runs": [run(1, 0.5, 9), run(2, 0.52, None), run(3, 1.0, 19)]}
+    row = {"name": "grpo", "base": "tiny", "runs": [run(1, 0.5, 9), run(2, 0.52, None), run(3, 1.0, 19)]}
+    other = {"name": "kl_cov", "base": "tiny", "runs": [run(1, 0.7, 9), run(3, 1.0, 19)]}
     bases = {"tiny": {"share": 0.0015, "greedy": 0.5, "sampled": 0.25, "pass@32": 0.9}}
-    text = study.tables({"study": "s", "bases": bases, "rows": [row]})
+    text = study.tables({"study": "s", "bases": bases, "rows": [row, other]})
     assert "Seeds: 1 2 3\n" in text and "| tiny | 0.15% | 50.00% | 25.00% | 90.00% |" in text
-    assert "| grpo | 50 52 100 | 67.3% | 52.0% | 50.0% | - |" in text
+    assert "| grpo | 50 52 100 | 67.3% | 52.0% | - | 50.0% | - |" in text
+    assert "| kl_cov | 70 100 | 85.0% | 85.0% | +10 [+0, +20] | 50.0% | - |" in text
     assert "| grpo | 0.200 | 0.100 | 0.050 | 2.0 | 2 of 3, step 15 | 90% |" in text
