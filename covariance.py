@@ -16,7 +16,7 @@ In training, over the N response tokens of a mini-batch, each token contributes
 
 Few tokens contribute orders of magnitude more than the rest. Clip-Cov and KL-Cov act on these.
 
-    python covariance.py      the theorem on a softmax of 8 actions: a table and figures/covariance.png
+    python covariance.py      the theorem on one softmax, then who carries the covariance in a rollout batch
 """
 
 import argparse
@@ -94,49 +94,100 @@ def steps_of(logits, direction, sizes):
     return rows
 
 
-def draw(rows, file):
-    """Predicted against measured dH, and the error against the step on two logarithmic axes."""
+def theorem():
+    """Prints and returns {case: steps_of}: the policy gradient on a softmax of 8 actions."""
+    z = torch.tensor([3.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], dtype=torch.float64)
+    p, rows = torch.softmax(z, 0), {}
+    print(f"1. One softmax of 8 actions, entropy {entropy(z):.3f} nats; one is rewarded; natural gradient\n")
+    print(f"{'rewarded action':20} {'step':>8} {'measured dH':>12} {'-Cov':>9} {'error':>9}")
+    for action, name in ((0, "likely"), (6, "rare")):
+        reward = torch.eye(8, dtype=torch.float64)[action]
+        advantages = reward - (p * reward).sum()  # an advantage has mean 0 under its policy
+        rows[name] = steps_of(z, advantages, [1.0, 0.5, 0.25, 0.125])
+        for eta, measured, predicted in rows[name]:
+            print(f"{name + f', p = {p[action]:.2f}':20} {eta:8.3f} {measured:+12.4f} {predicted:+9.4f} "
+                  f"{abs(measured - predicted):9.1e}")  # fmt: skip
+    return rows
+
+
+def embedded_rollouts():
+    """(logp, advantages, mask), each (512, T): 8 completions of 64 problems by the embedded policy."""
+    from arithmetic import problems
+    from entropy import score
+    from reward import grade
+    from rollout import TINY, load_policy, sample
+
+    model, tokenizer, eos_ids = load_policy(TINY)
+    prompts, answers = zip(*problems("train", 64))
+    ids = tokenizer(list(prompts))["input_ids"]
+    groups = sample(model, ids, 8, 40, 1.0, eos_ids, torch.Generator().manual_seed(0))
+    texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in groups]
+    r = torch.tensor([[grade(text, answer) for text in group] for group, answer in zip(texts, answers)])
+    advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
+    completions = [completion for group in groups for completion in group]
+    with torch.no_grad():
+        logp, _ = score(model, [prompt for prompt in ids for _ in range(8)], completions)
+    mask = torch.arange(logp.shape[1]) < torch.tensor([len(c) for c in completions])[:, None]
+    return logp, advantages.view(-1, 1) * mask, mask
+
+
+def carriers(logp, advantages, mask):
+    """Prints and returns the sums of Cov(y_i) by likely or rare, right or wrong: {(likely, right): sum}."""
+    cov = token_covariance(logp, advantages, mask)
+    likely, right = logp >= logp[mask].mean(), advantages > 0
+    sums = {(a, b): cov[mask & (likely == a) & (right == b)].sum().item() for a in (True, False)
+            for b in (True, False)}  # fmt: skip
+    print(f"\n{'sum of Cov(y_i)':20} {'right answers':>15} {'wrong answers':>15}")
+    for a, name in ((True, "likely tokens"), (False, "rare tokens")):
+        print(f"{name:20} {sums[a, True]:+15.0f} {sums[a, False]:+15.0f}")
+    selected = select_kl_cov(cov, mask, 0.01)
+    print(f"The top 1% of the tokens hold {cov[selected].sum() / cov.sum():.0%} of the whole sum, "
+          f"{cov.sum():.0f}. Their median probability\nis {logp[selected].exp().median():.2f}, and "
+          f"{(advantages[selected] < 0).float().mean():.0%} of them stand in wrong answers.")  # fmt: skip
+    return sums
+
+
+def draw(rows, sums, file):
+    """Left: predicted and measured dH. Right: who carries the covariance."""
     from matplotlib.figure import Figure  # here, so that training does not import it
 
-    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, points), colour in zip(rows.items(), ("#0072B2", "#D55E00")):
-        eta, measured, predicted = map(list, zip(*points))
-        left.plot(predicted, measured, "o-", color=colour, label=name)
-        right.loglog(eta, [abs(m - p) for m, p in zip(measured, predicted)], "o-", color=colour, label=name)
-    left.axline((0, 0), slope=1, color="#999999", zorder=0)
-    left.set(xlabel="predicted: -Cov(log pi, dz), nats", ylabel="measured change of entropy, nats")
-    left.set_title("The prediction holds for small steps (grey: exact)")
-    right.set(xlabel="step eta", ylabel="error, nats", title="Half the step, a quarter of the error")
+        eta, measured, predicted = zip(*points)
+        left.plot(eta, measured, "o-", color=colour, label=f"a {name} action is rewarded")
+        left.plot(eta, predicted, ":", color=colour, linewidth=4)
+    left.axhline(0, color="#999999", zorder=0)
+    left.set(xlabel="step eta", ylabel="change of entropy, nats")
+    left.set_title("Rewarding the likely lowers the entropy\n(dotted: predicted by the covariance)")
     left.legend(frameon=False)
+    names = {(True, True): "likely,\nright", (True, False): "likely,\nwrong", (False, True): "rare,\nright",
+             (False, False): "rare,\nwrong"}  # fmt: skip
+    colours = ["#D55E00" if key == (False, False) else "#999999" for key in sums]
+    right.bar([names[key] for key in sums], list(sums.values()), color=colours)
+    right.axhline(0, color="black")
+    right.set(ylabel="sum of Cov(y_i) over a rollout batch")
+    right.set_title("In RL, rare tokens of wrong answers\ndrive the entropy down")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The theorem on a softmax of 8 actions.")
+    parser = argparse.ArgumentParser(description="The theorem, and who carries the covariance.")
     parser.add_argument("--out", default="figures/covariance.png", metavar="FILE")
     o = parser.parse_args()
-    z = torch.tensor([3.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], dtype=torch.float64)
-    p = torch.softmax(z, 0)
-    likely, rare = torch.eye(8, dtype=torch.float64)[[0, 6]]
-    rows = {}
-    for name, reward in (("the likely action is rewarded", likely), ("a rare action is rewarded", rare)):
-        advantages = reward - (p * reward).sum()  # an advantage has mean 0 under its policy
-        rows[name] = steps_of(z, advantages, [2.0**-i for i in range(6)])
-    print("natural policy gradient on a softmax of 8 actions, entropy", f"{entropy(z):.3f} nats")
-    print(f"the likely action has p = {p[0]:.2f}, the rare one p = {p[6]:.2f}\n")
-    print(f"{'':30} {'step':>8} {'measured dH':>12} {'-Cov':>9} {'error':>9}")
-    for name, points in rows.items():
-        for eta, measured, predicted in points:
-            error = abs(measured - predicted)
-            print(f"{name:30} {eta:8.5f} {measured:+12.4f} {predicted:+9.4f} {error:9.1e}")
+    rows = theorem()
+    print("\nLikely rewarded: entropy falls. Rare rewarded: it rises. Half the step, a quarter of the error.")
+    print("\n2. The first rollout batch of the embedded policy")
+    sums = carriers(*embedded_rollouts())
     try:
-        draw(rows, o.out)
+        import plot
+
+        with plot.rc_context(plot.STYLE):
+            draw(rows, sums, o.out)
     except OSError as error:
         parser.exit(2, f"covariance.py: error: argument --out: {o.out}: {error.strerror}\n")
-    print(f"\n{o.out}\nRewarding what is likely lowers the entropy, rewarding what is rare raises it,")
-    print("and -Cov(log pi, dz) predicts by how much: half the step, a quarter of the error.")
+    print(f"{o.out}: the entropy falls mostly because rare tokens of wrong answers die out.")
 
 
 if __name__ == "__main__":

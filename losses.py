@@ -22,7 +22,7 @@ A method is a function of the mini-batch's tokens and the options; METHODS names
 estimator of the advantage. It sees log-probs, never a model, so the same few lines serve any number of
 micro-batches and processes.
 
-    python losses.py      which token's probability each method would raise or lower, on one small mini-batch
+    python losses.py      how each method pushes likely and rare tokens of right and wrong answers
 """
 
 from dataclasses import dataclass, field, replace
@@ -208,7 +208,7 @@ def mean_entropy(t):
 
 
 def cw_grpo(t, o):
-    """CW-GRPO (arXiv 2605.11538): A_i w_i N / sum w, w_i = exp(-Cov_i^2 / (2 sigma^2)), sigma^2 = Var(Cov)."""
+    """CW-GRPO (arXiv 2605.11538): A_i w_i N / sum w, with w_i = exp(-Cov_i^2 / (2 Var(Cov)))."""
     variance = t.covariance[t.mask].var(correction=0).clamp(min=1e-12)
     log_w = (-t.covariance.square() / (2 * variance)).masked_fill(~t.mask, -torch.inf)
     share = torch.softmax(log_w.flatten(), 0).view(log_w.shape)  # w_i / sum w
@@ -276,45 +276,42 @@ def aggregate(token_loss, mask, count):
 # ---------------------------------------------------------------- demonstration
 
 
-def example(p):
-    """The Tokens of a group of three completions, the first one right. p: current probabilities (3, 2)."""
-    start = torch.tensor([[0.8, 0.5], [0.9, 0.1], [0.8, 0.3]])
-    old = torch.tensor([[0.9, 0.6], [0.9, 0.05], [0.8, 0.3]])
-    H = lambda q: -(q * q.log() + (1 - q) * (1 - q).log())  # a vocabulary of two
-    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]))[0][:, None].expand(3, 2)
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.ones(3, 2, dtype=torch.bool)
-    return Tokens(p.log(), old.log(), advantages, mask, H(p), generator, H(old), start.log())
+def example(logp):
+    """A right and a wrong answer, each with a likely and a rare token, after an update. logp: (2, 2)."""
+    old = torch.tensor([[0.90, 0.05], [0.90, 0.05]]).log()
+    advantages = group_advantages(torch.tensor([[1.0, 0.0]]))[0][:, None].expand(2, 2)
+    p = logp.exp()
+    H = -(p * p.log() + (1 - p) * (1 - p).log())  # as if there were one other choice
+    return Tokens(logp, old, advantages, torch.ones(2, 2, dtype=torch.bool), H,
+                  generator=torch.Generator().manual_seed(0), ref_logp=old, memory={"alpha": 0.1},
+                  old_entropy=torch.tensor([[0.1, 1.0], [0.1, 1.0]]))  # fmt: skip
 
 
 def main():
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     print("advantages of two groups of three completions with rewards", rewards.int().tolist())
     for name in ESTIMATORS:
-        print(f"{name:14}", [f"{a:+.2f}" for a in group_advantages(rewards, name).flatten()])
+        print(f"{name:17}", *(f"{a:+8.2f}" for a in group_advantages(rewards, name).flatten()))
 
-    now = torch.tensor([[0.9, 0.75], [0.9, 0.045], [0.8, 0.3]])
-    o = SimpleNamespace(clip_low=0.2, clip_high=0.2, clip_cov_ratio=0.17, cov_low=1.0, cov_high=100.0,
-                        kl_cov_ratio=0.17, kl_cov_beta=1.0, entropy_coef=0.1, kl_ref_beta=1.0,
-                        entropy_fraction=0.5, entropy_target=0.4)
+    o = SimpleNamespace(clip_low=0.2, clip_high=0.2, clip_cov_ratio=0.25, cov_low=1.1, cov_high=100.0,
+                        kl_cov_ratio=0.25, kl_cov_beta=3.0, entropy_coef=0.1, kl_ref_beta=1.0,
+                        entropy_fraction=0.5, entropy_target=0.7)  # fmt: skip
+    now = torch.tensor([[0.92, 0.062], [0.88, 0.042]]).log()
     t = example(now)
-    print("\nthe first group after an update: how each method pushes the probability of each token")
-    for name, values in (("probability", t.logp.exp()), ("when sampled", t.old_logp.exp()),
-                         ("at the start", t.ref_logp.exp()), ("advantage", t.advantages),
-                         ("covariance", t.covariance)):
-        print(f"{name:14}", [f"{x:5.2f}" for x in values.flatten()])
+    print("\nhow strongly each method pushes the log-prob of a token up or down, after an update")
+    kinds = "likely, right", "rare, right", "likely, wrong", "rare, wrong"
+    print(f"{'':17}", *(f"{kind:>13}" for kind in kinds))
+    print(f"{'p when sampled':17}", *(f"{p:13.3f}" for p in t.old_logp.exp().flatten()))
+    print(f"{'covariance':17}", *(f"{c:+13.2f}" for c in t.covariance.flatten()))
     for name, method in METHODS.items():
-        p = now.clone().requires_grad_()
-        t = example(p)
-        o.clip_high = 0.28 if name == "clip_higher" else 0.2
-        loss = method(t, o)
+        logp = now.clone().requires_grad_()
+        o.clip_high = {"clip_higher": 0.28, "clip_cov": 1.0}.get(name, 0.2)
+        loss = method(t := example(logp), o)
         kept = t.mask if loss.kept is None else loss.kept
-        aggregate(loss.token_loss, kept, kept.sum()).backward()
-        chosen = [] if loss.selected is None else loss.selected.flatten().nonzero().flatten().tolist()
-        note = f"   acts on {chosen}" if chosen else ""
-        print(f"{name:14}", [f"{0.0 - g:+.2f}" for g in p.grad.flatten()], note)
-    print("Token 3 is rare and stands in a wrong answer: its covariance is the highest.")
-    print("Clip-Cov leaves it alone, KL-Cov pulls it back to the probability it was sampled with.")
+        aggregate(loss.token_loss, kept, 1).backward()
+        print(f"{name:17}", *(f"{0.0 - g:+13.2f}" for g in logp.grad.flatten()))
+    print("(The rare token of the right answer has grown by 24%: PPO's clip of 20% stops it, 28% does not.)")
+    print("The last token has the highest covariance: Clip-Cov leaves it alone, KL-Cov pulls it back up.")
 
 
 if __name__ == "__main__":

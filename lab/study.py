@@ -256,7 +256,7 @@ def mean(row, key, form):
 
 
 def gain(row, baseline):
-    """Mean gain in accuracy over the baseline with the same seed, in points, with a 95% bootstrap interval."""
+    """Mean gain in accuracy over the baseline of the same seed, in points, with a 95% bootstrap interval."""
     before = {run["seed"]: run["accuracy"] for run in baseline["runs"]}
     gains = [100 * (run["accuracy"] - before[run["seed"]]) for run in row["runs"] if run["seed"] in before]
     if row is baseline or not gains:
