@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from data import UserError
-from lab import page
+from lab import figures, page
 
 HOSTILE = [
     "<script>document.title='x'</script>", '<img src=x onerror="alert(1)">', "</span></article>", '"', "'",
@@ -139,3 +139,11 @@ def test_samples_that_cannot_be_shown_are_an_error_that_names_them(run, samples)
     with pytest.raises(UserError, match=f"{folder}: samples.jsonl"):
         page.write(folder)
     assert not (folder / "page.html").exists()
+
+
+def test_the_figures_show_the_files_of_a_step_and_the_tokens_of_a_right_and_a_wrong_completion():
+    text = lambda figure: {t.get_text() for t in figure.axes[0].texts}
+    assert all((ROOT / file).exists() for boxes in figures.STEP for *_, file in boxes if ".json" not in file)
+    assert {"rollout", "covariance", "update", "losses.py"} <= text(figures.draw_step())
+    shown = text(figures.draw_tokens([sample(1, "ab"), sample(1, "xy", 0.0, [1]), sample(2, "z")]))
+    assert {"a", "b", "x", "y"} <= shown and "z" not in shown

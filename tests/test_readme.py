@@ -15,7 +15,8 @@ import data
 import losses
 import train
 
-PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "course.md", ROOT / "recipes" / "README.md"]
+PAGES += sorted((ROOT / "results").glob("*.md"))
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README, RECIPES = TEXT["README.md"], sorted((ROOT / "recipes").glob("*.txt"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

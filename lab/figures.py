@@ -1,0 +1,101 @@
+"""Two figures for the course: a training step, and completions in the colours of their tokens.
+
+    python -m lab.figures runs/kl_cov-s0      results/step.png, and results/tokens.png from the run's samples
+
+The second takes completions of the first step in samples.jsonl: the right one with the lowest covariance of a
+token, and the wrong one with the highest.
+"""
+
+import argparse
+from pathlib import Path
+
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+import plot
+from lab.page import read_samples
+
+STEP = [  # what is done, what comes out, where it is written; the second row is repeated
+    [("problems", "P prompts", "data.py"), ("rollout", "P x G completions", "rollout.py"),
+     ("reward", "right or wrong: (P, G)", "reward.py"),
+     ("advantages", "above its group? (P, G)", "losses.py"),
+     ("log-probs, entropy", "of each token: (B, T)", "entropy.py")],
+    [("covariance", "of each token: (B, T)", "covariance.py"),
+     ("selection", "the top k N tokens", "covariance.py"), ("loss", "one number", "losses.py"),
+     ("update", "a new policy", "train.py"), ("log", "metrics.jsonl", "checkpoint.py")],
+]  # fmt: skip
+
+
+def draw_step():
+    """A training step: ten boxes in two rows, the order of train.step and train.update."""
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(-0.1, 10), ylim=(-0.55, 3.1), title="One training step")
+    axis.axis("off")
+    arrow = {"arrowstyle": "-|>", "linewidth": 2.5, "color": "#555555"}
+    around = {"boxstyle": "round,pad=0.12", "fc": "#FFF3E6", "ec": "#D55E00"}
+    box = {"boxstyle": "round,pad=0.05", "fc": "white", "ec": "#0072B2"}
+    centre = {"ha": "center", "va": "center"}
+    axis.add_patch(FancyBboxPatch((0.05, -0.2), 7.7, 1.15, **around))
+    axis.text(3.9, -0.45, "for each mini-batch, 8 times", color="#D55E00", fontsize=16, **centre)
+    for boxes, y in zip(STEP, (2, 0)):
+        for i, (name, what, file) in enumerate(boxes):
+            axis.add_patch(FancyBboxPatch((2 * i + 0.1, y), 1.6, 0.75, **box))
+            axis.text(2 * i + 0.9, y + 0.58, name, weight="bold", fontsize=15, **centre)
+            axis.text(2 * i + 0.9, y + 0.34, what, fontsize=12, **centre)
+            axis.text(2 * i + 0.9, y + 0.12, file, fontsize=12, color="#0072B2", **centre)
+            if i < 4:
+                axis.annotate("", (2 * i + 2.05, y + 0.37), (2 * i + 1.75, y + 0.37), arrowprops=arrow)
+    axis.annotate("", (0.9, 0.82), (8.9, 1.95), arrowprops=arrow)
+    return figure
+
+
+def strip(axis, y, line, key, colour, framed=()):
+    """A row of tokens, one wide each, in the colours of their values of a key of samples.jsonl."""
+    axis.text(-0.3, y + 0.4, key, ha="right", va="center", fontsize=16)
+    for i, (token, value) in enumerate(zip(line["tokens"], line[key])):
+        frame = {"ec": "black", "linewidth": 3, "zorder": 3} if i in framed else {"ec": "white"}
+        axis.add_patch(Rectangle((i, y), 1, 0.8, fc=colour(value), **frame))
+        token = "end" if "endoftext" in token else token.replace("\\boxed", "box")
+        centre = {"ha": "center", "va": "center", "zorder": 4}
+        axis.text(i + 0.5, y + 0.4, token, fontsize=17, family="monospace", **centre)
+
+
+def draw_tokens(samples):
+    """A right and a wrong completion: each token in the colour of its entropy, and of its covariance."""
+    first = [line for line in samples if line["step"] == samples[0]["step"]]
+    right, wrong = ([line for line in first if line["reward"] == r] for r in (1, 0))
+    shown = [min(right, key=lambda line: min(line["covariance"])),
+             max(wrong, key=lambda line: max(line["covariance"]))]  # fmt: skip
+    largest = max(abs(c) for line in shown for c in line["covariance"])
+    blue = lambda H: colormaps["Blues"](0.7 * min(H / 1.5, 1))
+    orange = lambda c: colormaps["PuOr_r"](0.5 + 0.4 * c / largest)
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(-2, max(len(line["tokens"]) for line in shown)), ylim=(-0.3, 6.2))
+    axis.set_title("Entropy sits at the forks; covariance at rare tokens of wrong answers")
+    axis.axis("off")
+    for line, verdict, y in zip(shown, ("right", "wrong"), (3.2, 0)):
+        axis.text(0, y + 2.1, f"{line['prompt']}   {verdict}", fontsize=18, family="monospace")
+        strip(axis, y + 0.9, line, "entropy", blue)
+        strip(axis, y, line, "covariance", orange, line["selected"])
+    legend = "blue: up to 1.5 nats; orange: covariance above 0, purple: below; framed: the method's choice"
+    axis.text(0, -0.25, legend, fontsize=15, va="center")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m lab.figures", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("run", help="the directory of a run")
+    parser.add_argument("--out", default="results", help="where to write (default results)")
+    o = parser.parse_args()
+    Path(o.out).mkdir(parents=True, exist_ok=True)
+    with rc_context(plot.STYLE | {"savefig.dpi": 100}):
+        draw_step().savefig(Path(o.out) / "step.png")
+        draw_tokens(read_samples(o.run)).savefig(Path(o.out) / "tokens.png")
+
+
+if __name__ == "__main__":
+    main()
