@@ -1,6 +1,7 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
-    python -m lab.study annealing        every method as by default: its strength falls to 0
+    python -m lab.study annealing        GRPO, Clip-Cov and KL-Cov as by default: their strength falls to 0
+    python -m lab.study rivals           every method so, and GRPO with one update a rollout batch
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength, as published
@@ -55,7 +56,6 @@ class Row:
     options: str = ""  # further options
     base: str = "tiny"  # the starting policy: tiny/, or a key of BASES
     program: str = "train.py"  # or "-m lab.NAME": a module that adds to losses.METHODS and calls train.main
-    most: int | None = None  # only the first so many seeds of the study
 
 
 BASES = {  # other starting policies: the options of lab/warmstart.py that make them
@@ -71,22 +71,19 @@ ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
 FREE = "--clip-low 1 --clip-high 1"  # Clip-Cov's range, in effect no clip
 
 
-def annealed(method, more="", most=None, program="train.py"):
-    """A row of the annealed studies."""
-    name = f"{method}, annealed" if program == "train.py" else method
-    return Row(name, method, f"{ANNEALED} {more}".strip(), program=program, most=most)
+def annealed(method):
+    """A row of a method as by default, or of a control."""
+    if method in CONTROLS:
+        options = f"{ANNEALED} {FREE}" if "clip" in method else ANNEALED
+        return Row(method, method, options, program="-m lab.controls")
+    return Row(f"{method}, annealed", method, ANNEALED)
 
 
 STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [
-        *map(annealed, [*COV, "entropy_bonus"]),
-        Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64"),
-        *(annealed(m, most=8) for m in losses.METHODS if m not in [*COV, "entropy_bonus", "low_entropy"]),
-    ]),
-    "controls": (range(61, 69), [
-        *map(annealed, COV),
-        *(annealed(name, FREE if "clip" in name else "", program="-m lab.controls") for name in CONTROLS),
-    ]),
+    "annealing": (range(61, 77), [*map(annealed, COV)]),
+    "rivals": (range(61, 69), [*map(annealed, [*COV, *(m for m in losses.METHODS if m not in COV)]),
+                               Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")]),
+    "controls": (range(61, 69), [*map(annealed, [*COV, *CONTROLS])]),
     "floor": (range(81, 83), [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
         for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
@@ -199,7 +196,8 @@ def measure(run_dir, baseline=None):
                "last": fmean(entropy[-10:]), "accuracy": final["accuracy"],
                "top fifth": top_fifth([line for line in samples if line["step"] <= WINDOW]),
                "sampled": final["accuracy_sampled"], "pass@32": final["pass_at"]["32"]}  # fmt: skip
-    figures["rare wrong"] = rare_wrong([line for line in samples if line["step"] > len(steps) / 2])
+    late = [line for line in samples if line["step"] > len(steps) / 2]
+    figures["rare wrong"], figures["|A| there"] = rare_wrong(late)
     baseline = baseline or figures
     if (start := baseline["fell"]) is not None:
         figures["window"] = fmean(entropy[start : start + WINDOW])
@@ -208,11 +206,6 @@ def measure(run_dir, baseline=None):
     figures["curve of entropy"] = [[step, float(f"{H:.4g}")] for step, H in means]
     figures["curve of accuracy"] = [[x["step"], x["accuracy"]] for x in steps if "accuracy" in x]
     return figures
-
-
-def seeds_of(row, seeds):
-    """The seeds of a row."""
-    return list(seeds)[: row.most]
 
 
 def kept(old, row):
@@ -231,7 +224,7 @@ def collect(study, rows, seeds, old):
     found, baselines = {"study": study, "bases": bases, "rows": []}, {}
     for row in rows:
         runs = kept(old, row)
-        for seed in seeds_of(row, seeds):
+        for seed in seeds:
             out = place(f"{row.name}-s{seed}")
             if (out / "final.json").exists():
                 runs[seed] = {"seed": seed} | measure(out, baselines.get(row.base, {}).get(seed))
@@ -246,7 +239,7 @@ def collect(study, rows, seeds, old):
 
 def known(row, key):
     """The known values of one figure over the runs of a row."""
-    return [run[key] for run in row["runs"] if run[key] is not None]
+    return [run[key] for run in row["runs"] if run.get(key) is not None]
 
 
 def mean(row, key, form):
@@ -280,7 +273,8 @@ def tables(found):
                            mean(row, "pass@32", "{:.1%}")])  # fmt: skip
         when = f"{len(fell)} of {len(runs)}" + (f", step {median(fell) + 1:.0f}" if fell else "")
         entropies.append([row["name"], *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
-                          mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}")])  # fmt: skip
+                          mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}"),
+                          mean(row, "rare wrong", "{:.2%}")])  # fmt: skip
     seeds = " ".join(str(run["seed"]) for run in found["rows"][0]["runs"])
     return "\n".join([
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
@@ -289,19 +283,20 @@ def tables(found):
         markdown(["run", "greedy, each seed, %", "mean", "median", "above the first row, points [95%]",
                   "sampled", "pass@32"], accuracies),
         markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
-                  "in the top fifth"], entropies),
+                  "in the top fifth", "Cov > 1, A < 0, second half"], entropies),
     ])  # fmt: skip
 
 
-def colour_of(row, i):
-    """The colour of a row: that of its method, or the next one if its name begins with no method."""
-    return plot.COLOURS.get(row["name"].split(",")[0], f"C{i}")
+def colour_of(row):
+    """The colour of a row: that of its method if it is one of the paper's, or grey."""
+    name = row["name"].removesuffix(", annealed")
+    return plot.COLOURS[name] if name in COV else "#999999"
 
 
-def accuracy_axis(axis, title, label):
-    """Title and label, and percent on the vertical axis."""
+def accuracy_axis(axis, title, label, percent=None):
+    """Title and label, and percent on the vertical axis or on the given one."""
     axis.set(title=title, ylabel=label, ylim=(0, 1.03))
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    (percent or axis.yaxis).set_major_formatter(PercentFormatter(1))
 
 
 def plain_numbers(axis):
@@ -315,14 +310,14 @@ def draw_curves(found):
     figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     first = {row["method"]: row for row in reversed(found["rows"])}  # of each method; the others are controls
-    for i, row in enumerate(reversed(first.values())):
+    for row in reversed(first.values()):
         for axis, key in ((left, "entropy"), (right, "accuracy")):
             curves = [run[f"curve of {key}"] for run in row["runs"]]
             for curve in curves:
-                axis.plot(*zip(*curve), color=colour_of(row, i), alpha=0.25)
+                axis.plot(*zip(*curve), color=colour_of(row), alpha=0.25)
             steps = [step for step, _ in curves[0]]
             middle = [median(value for _, value in points) for points in zip(*curves)]
-            axis.plot(steps, middle, color=colour_of(row, i), linewidth=4, label=row["name"])
+            axis.plot(steps, middle, color=colour_of(row), linewidth=4, label=row["name"])
     start = found["bases"]["tiny"]
     for value, text in ((start["greedy"], "the habit"), (start["pass@32"], "pass@32 at the start")):
         right.axhline(value, color="#777777", linestyle="--", linewidth=2)
@@ -336,25 +331,45 @@ def draw_curves(found):
 
 
 def draw_final(found):
-    """Final accuracies, a dot per run and a bar for the median; accuracy against entropy in the window."""
-    figure = Figure(figsize=(16, 7), layout="constrained")
+    """Final accuracies, a dot per run and a bar for the median; median accuracy against median entropy."""
+    figure = Figure(figsize=(16, 3 + 0.55 * len(found["rows"])), layout="constrained")
     left, right = figure.subplots(1, 2)
+    names = [row["name"].removesuffix(", annealed") for row in found["rows"]]
     for i, row in enumerate(found["rows"]):
-        greedy, look = known(row, "accuracy"), {"color": colour_of(row, i), "alpha": 0.6}
-        left.plot([i] * len(greedy), greedy, "o", **look)
-        left.plot([i - 0.3, i + 0.3], [median(greedy)] * 2, color=look["color"], linewidth=4)
-        points = [(run["window"], run["accuracy"]) for run in row["runs"] if run["window"] is not None]
-        if points:
-            right.plot(*zip(*points), "o", label=row["name"], **look)
-    left.axhline(found["bases"]["tiny"]["greedy"], color="#777777", linestyle="--", linewidth=2)
-    names = [row["name"] for row in found["rows"]]
-    left.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    accuracy_axis(left, "Final accuracy", "greedy; dashed: the starting policy")
-    accuracy_axis(right, "Accuracy and entropy", "final accuracy, greedy")
-    right.set(xscale="log", xlabel="entropy in the window, nats per token")
+        greedy, look = known(row, "accuracy"), {"color": colour_of(row)}
+        left.plot(greedy, [i] * len(greedy), "o", alpha=0.6, **look)
+        left.plot([median(greedy)] * 2, [i - 0.3, i + 0.3], linewidth=4, **look)
+        if entropy := known(row, "window"):
+            at = median(entropy), median(greedy)
+            right.plot(*at, "o", markersize=14, **look)
+            right.annotate(names[i], at, (8, 8), textcoords="offset points", fontsize=13)
+    start = found["bases"]["tiny"]["greedy"]
+    left.axvline(start, color="#777777", linestyle="--", linewidth=2)
+    left.set_yticks(range(len(names)), names)
+    accuracy_axis(left, "Accuracy of every run", "", left.xaxis)
+    accuracy_axis(right, "Entropy and accuracy", "median accuracy, greedy")
+    left.set(xlabel="greedy, on held-out problems; dashed: the start")
+    left.set(xlim=(0, 1.03), ylim=(len(names) - 0.5, -0.5))
+    right.set(xscale="log", xlabel="median entropy in the window, nats per token", ylim=(0, 1.06))
     plain_numbers(right.xaxis)
-    if right.lines:
-        right.legend(fontsize=13)
+    return figure
+
+
+def draw_floor(found):
+    """The share of rare tokens of wrong answers on the plateau against k beta / |A|: one dot a run."""
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    axis = figure.subplots()
+    for row in found["rows"]:
+        words = row["options"].split()
+        k, beta = (float(words[words.index(f"--kl-cov-{x}") + 1]) for x in ("ratio", "beta"))
+        points = [(k * beta / run["|A| there"], run["rare wrong"]) for run in row["runs"]]
+        axis.plot(*zip(*points), "o", markersize=12, color=plot.COLOURS["kl_cov"])
+        axis.annotate(row["name"], points[0], (12, -5), textcoords="offset points", fontsize=14)
+    axis.axline((0.01, 0.01), slope=1, color="#777777", linestyle="--", linewidth=2)
+    axis.set(xscale="log", yscale="log", title="KL-Cov keeps a share of errors alive",
+             xlabel="k beta / |A| (dashed: equal)", ylabel="share of tokens with Cov > 1, A < 0")
+    for side in (axis.xaxis, axis.yaxis):
+        plain_numbers(side)
     return figure
 
 
@@ -380,7 +395,8 @@ def draw_shares(found):
     return figure
 
 
-PICTURES = {"phenomenon": draw_curves, "annealing": draw_curves, "shares": draw_shares}  # else draw_final
+PICTURES = {"phenomenon": draw_curves, "annealing": draw_curves, "shares": draw_shares,
+            "floor": draw_floor}  # else draw_final
 
 
 def main():
@@ -399,8 +415,7 @@ def main():
     else:
         file = Path(o.out) / "data" / f"{o.study}.json"
         old = json.loads(file.read_text()) if file.exists() else {}
-        jobs = [(row, seed) for seed in seeds for row in rows
-                if seed in seeds_of(row, seeds) and seed not in kept(old, row)]  # fmt: skip
+        jobs = [(row, seed) for seed in seeds for row in rows if seed not in kept(old, row)]
         with ThreadPoolExecutor(o.jobs) as pool:
             list(pool.map(make_base, {row.base for row, _ in jobs if row.base in BASES}))
             list(pool.map(lambda job: run(*job), jobs))

@@ -127,4 +127,10 @@ def test_the_table_shows_every_seed_with_mean_and_median():
     assert "Seeds: 1 2 3\n" in text and "| tiny | 0.15% | 50.00% | 25.00% | 90.00% |" in text
     assert "| grpo | 50 52 100 | 67.3% | 52.0% | - | 50.0% | - |" in text
     assert "| kl_cov | 70 100 | 85.0% | 85.0% | +10 [+0, +20] | 50.0% | - |" in text
-    assert "| grpo | 0.200 | 0.100 | 0.050 | 2.0 | 2 of 3, step 15 | 90% |" in text
+    assert "| grpo | 0.200 | 0.100 | 0.050 | 2.0 | 2 of 3, step 15 | 90% | - |" in text
+
+
+def test_rare_wrong_counts_the_tokens_that_kl_cov_holds():
+    line = {"covariance": [2.0, 0.5, 1.5, 3.0], "advantage": [-1.0, -1.0, 2.0, -0.5]}
+    assert study.rare_wrong([line, line]) == (0.5, 0.75)
+    assert study.rare_wrong([{"covariance": [0.5], "advantage": [-1.0]}]) == (0, None)
