@@ -9,7 +9,7 @@ entered the step, and the problems are new, so R is an unbiased but noisy estima
 
     fit         least squares over all steps: a, b, and the ceiling b - a, which is R at H = 0
     R^2         of means over 5 consecutive steps, which reduces the noise; the same with R linear in H and in
-                log H. `possible` is the R^2 of a perfect law, given the noise of R
+                log H. Noise of R keeps it below 1 where the law is true
     forecast    the law fitted to the first 10, 20, 36 and 50% of the steps predicts R at the end
     above       mean of R - law(H) over the steps whose H occurs in the baseline too, and R at the end minus
                 the ceiling, both for the baseline's law
@@ -90,17 +90,6 @@ def r_squared(runs, form):
     return (1 - (R - slope * x - intercept).square().sum() / total).item() if total > 0 else None
 
 
-def possible_r_squared(runs):
-    """The R^2 of a perfect law: 1 - variance of the noise / variance, of block means, at least 0. Or None.
-
-    The noise is estimated from second differences: R_t - (R_{t-1} + R_{t+1}) / 2 has variance 3/2 sigma^2
-    where the truth is straight over three steps (Gasser, Sroka and Jennen-Steinmetz 1986).
-    """
-    noise = torch.cat([R[1:-1] - (R[:-2] + R[2:]) / 2 for _, R in runs]).square().mean() / 1.5
-    variance = block_means([R for _, R in runs]).var(correction=0)
-    return max(0.0, 1 - (noise / WIDTH / variance).item()) if variance > 0 else None
-
-
 def pool(runs):
     """The steps of all runs as one (H, R)."""
     return torch.cat([H for H, _ in runs]), torch.cat([R for _, R in runs])
@@ -135,7 +124,6 @@ def fit(runs):
         "a": law.a, "b": law.b, "ceiling": law.ceiling,
         "interval": {key: ends.tolist() for key, ends in interval.items()},
         "r2": {name: r_squared(runs, form) for name, form in FORMS.items()},
-        "possible": possible_r_squared(runs),
     }  # fmt: skip
 
 
@@ -202,14 +190,14 @@ def tables(found):
     fits, above_rows = [], []
     for run, w in found["fits"].items():
         values = [number(w[key], w["interval"][key]) for key in ("a", "ceiling")]
-        fits.append([run, number(w["b"]), *values, *map(number, w["r2"].values()), number(w["possible"])])
+        fits.append([run, number(w["b"]), *values, *map(number, w["r2"].values())])
     forecasts = [[run, *map(number, values)] for run, values in found["forecasts"].items()]
     for label, w in found["above"].items():
         cells = ["-" if x is None else number(x["mean"], x["interval"]) for x in w.values()]
         above_rows.append([label, w["end"]["runs"], *cells])
     forms, parts = [f"R^2, {name}" for name in FORMS], [f"from {part:.0%}" for part in EARLY]
     text = f"Made by lab/law.py: R = -a exp(H) + b, R is the {found['of']}; 95% intervals.\n\n"
-    text += markdown(["run", "b", "a", "ceiling", *forms, "possible"], fits)
+    text += markdown(["run", "b", "a", "ceiling", *forms], fits)
     text += "\n" + markdown(["R at the end of", *parts, "measured"], forecasts)
     if above_rows:
         head = ["above the law of the baseline", "runs", "at equal H", "end - ceiling"]
