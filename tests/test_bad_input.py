@@ -261,7 +261,7 @@ def test_every_method_has_its_published_clip_and_goes_with_every_estimator(metho
 
 def test_annealing_is_the_default_with_the_embedded_problems_only():
     argv = "--method", "kl_cov"
-    assert parse(*argv).anneal == 400 and parse(*argv, "--data", "gsm8k").anneal == 0
+    assert parse(*argv).anneal == 640 and parse(*argv, "--data", "gsm8k").anneal == 0
     assert parse(*argv, "--anneal", "0").anneal == 0 and parse(*argv, "--anneal", "7").anneal == 7
 
 

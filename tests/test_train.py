@@ -27,6 +27,7 @@ from data import UserError
 from losses import METHODS
 from rollout import TINY, load_policy
 
+ACTING = ["clip_cov", "kl_cov", "high_entropy", "low_entropy", "entrocraft"]  # they select tokens
 EOS = 1  # of the embedded tokenizer
 KEYS = """step reward entropy entropy_seq covariance selected clip_fraction ratio_max loss grad_norm lr
 strength completion_length truncated no_signal skipped updates tokens seconds""".split()
@@ -181,7 +182,7 @@ def test_completions_are_graded_by_their_problem_and_compared_within_it(options,
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mini_batch_without_signal_leaves_every_parameter_bit_identical(options, graded, updates, method):
     """Even with momentum from before. Entropy and distance to the start are a signal of their own."""
-    o = options(method, "--passes 2 --kl-cov-ratio 0.5 --clip-cov-ratio 0.5 --cov-low 0")
+    o = options(method, "--passes 2 --kl-cov-ratio 0.5 --clip-cov-ratio 0.5 --cov-low 0 --entropy-target 9")
     loaded = train.load(o)
     start = weights(loaded[0])
     step(o, 1, loaded)
@@ -232,7 +233,7 @@ def test_metrics_are_plain_numbers_and_sums_over_counts(options, graded, updates
     share = lambda sets: sum(s.sum().item() for s in sets if s is not None) / tokens
     assert m["covariance"] == pytest.approx(share([u.t.covariance for u in updates]))
     assert m["selected"] == pytest.approx(share([u.loss.selected for u in updates]))
-    assert (m["selected"] > 0.01) == (method in ("clip_cov", "kl_cov", "high_entropy", "low_entropy"))
+    assert (m["selected"] > 0.01) == (method in ACTING)
     clipped = [u.loss.clipped if u.loss.kept is None else u.loss.clipped & u.loss.kept for u in updates]
     assert m["clip_fraction"] == pytest.approx(share(clipped))
     assert (m["clip_fraction"] > 0.01) == (method != "kl_cov")
