@@ -144,6 +144,12 @@ def carriers(logp, advantages, mask):
     print(f"The top 1% of the tokens hold {cov[selected].sum() / cov.sum():.0%} of the whole sum, "
           f"{cov.sum():.0f}. Their median probability\nis {logp[selected].exp().median():.2f}, and "
           f"{(advantages[selected] < 0).float().mean():.0%} of them stand in wrong answers.")  # fmt: skip
+    wrong = mask & (advantages < 0)
+    rarest = top((-logp).masked_fill(~wrong, -torch.inf), int(selected.sum()))
+    hard = advantages > -0.6  # the wrong answers of groups in which at most 2 of 8 are right
+    share = [f"{hard[tokens].float().mean():.0%}" for tokens in (selected, rarest)]
+    print(f"From hard groups (at most 2 of 8 right) come {share[0]} of them, but {share[1]} of as many\n"
+          "tokens that are simply the rarest ones of wrong answers: the covariance weighs with |A|.")  # fmt: skip
     return sums
 
 
