@@ -149,7 +149,7 @@ def carriers(logp, advantages, mask):
     hard = advantages > -0.6  # the wrong answers of groups in which at most 2 of 8 are right
     share = [f"{hard[tokens].float().mean():.0%}" for tokens in (selected, rarest)]
     print(f"From hard groups (at most 2 of 8 right) come {share[0]} of them, but {share[1]} of as many\n"
-          "tokens that are simply the rarest ones of wrong answers: the covariance weighs with |A|.")  # fmt: skip
+          "tokens that are simply the rarest ones of wrong answers: the covariance weighs with |A|.")
     return sums
 
 
