@@ -1,8 +1,8 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
     python -m lab.study annealing        GRPO, Clip-Cov and KL-Cov as by default: their strength falls to 0
-    python -m lab.study rivals           every method so, and GRPO with one update a rollout batch
-    python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
+    python -m lab.study rivals           newer methods so, and GRPO with one update a rollout batch
+    python -m lab.study controls         the penalty of KL-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength, as published
     python -m lab.study methods          every method so; `estimators`: every estimator of the advantage
@@ -65,6 +65,7 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
     "share 0.0001": "--share 0.0001 --wander 0.002",
 }
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
+NEWER = ["cw_grpo", "opefo", "adaptive_entropy", "entrocraft"]
 FIXED = "--steps 200 --anneal 0"  # of a constant strength, as published
 OFTEN = "--eval-every 1 --eval-limit 8"  # so that samples.jsonl has completions of every step
 ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
@@ -80,11 +81,11 @@ def annealed(method):
 
 
 STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [*map(annealed, COV)]),
-    "rivals": (range(61, 69), [*map(annealed, [*COV, *(m for m in losses.METHODS if m not in COV)]),
+    "annealing": (range(61, 69), [*map(annealed, COV)]),
+    "controls": (range(61, 65), [*map(annealed, [*COV, *(c for c in CONTROLS if "kl_cov" in c)])]),
+    "rivals": (range(61, 63), [*map(annealed, [*COV, "entropy_bonus", *NEWER]),
                                Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")]),
-    "controls": (range(61, 69), [*map(annealed, [*COV, *CONTROLS])]),
-    "floor": (range(81, 83), [
+    "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
         for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
     ]),
