@@ -66,7 +66,8 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
 }
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
 NEWER = ["cw_grpo", "opefo", "adaptive_entropy", "entrocraft"]
-FIXED = "--steps 200 --anneal 0"  # of a constant strength, as published
+K = "--kl-cov-ratio 0.01"
+FIXED = f"--steps 200 --anneal 0 {K}"  # of a constant strength
 OFTEN = "--eval-every 1 --eval-limit 8"  # so that samples.jsonl has completions of every step
 ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
 FREE = "--clip-low 1 --clip-high 1"  # Clip-Cov's range, in effect no clip
@@ -93,7 +94,7 @@ STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the
                                    Row("grpo, clip 1.0", "grpo", f"{FIXED} {FREE}")]),
     "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS]),
     "estimators": (range(51, 56), [Row(e, "grpo", f"{FIXED} --advantage {e}") for e in losses.ESTIMATORS]),
-    "shares": (range(51, 56), [Row(f"{m}, {base}", m, "--steps 100 --anneal 0", base)
+    "shares": (range(51, 56), [Row(f"{m}, {base}", m, f"--steps 100 --anneal 0 {K}", base)
                                for base in ("tiny", *BASES) for m in COV]),
 }  # fmt: skip
 
