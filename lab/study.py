@@ -92,7 +92,7 @@ STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the
     ]),
     "phenomenon": (range(51, 59), [*(Row(m, m, FIXED) for m in COV),
                                    Row("grpo, clip 1.0", "grpo", f"{FIXED} {FREE}")]),
-    "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS]),
+    "methods": (range(51, 56), [Row(m, m, FIXED) for m in losses.METHODS if m not in NEWER]),
     "estimators": (range(51, 56), [Row(e, "grpo", f"{FIXED} --advantage {e}") for e in losses.ESTIMATORS]),
     "shares": (range(51, 56), [Row(f"{m}, {base}", m, f"--steps 100 --anneal 0 {K}", base)
                                for base in ("tiny", *BASES) for m in COV]),
