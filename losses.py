@@ -208,7 +208,10 @@ def mean_entropy(t):
 
 
 def cw_grpo(t, o):
-    """CW-GRPO (arXiv 2605.11538): A_i w_i N / sum w, with w_i = exp(-Cov_i^2 / (2 Var(Cov)))."""
+    """CW-GRPO (arXiv 2605.11538): A_i w_i N / sum w, with w_i = exp(-Cov_i^2 / (2 Var(Cov))).
+
+    Taken from a public summary of the paper, as is opefo.
+    """
     variance = t.covariance[t.mask].var(correction=0).clamp(min=1e-12)
     log_w = (-t.covariance.square() / (2 * variance)).masked_fill(~t.mask, -torch.inf)
     share = torch.softmax(log_w.flatten(), 0).view(log_w.shape)  # w_i / sum w
