@@ -14,7 +14,7 @@ In training, over the N response tokens of a mini-batch, each token contributes
 
     Cov(y_i) = (log pi(y_i) - mean_j log pi(y_j)) (A(y_i) - mean_j A(y_j))
 
-Few tokens contribute orders of magnitude more than the rest. Clip-Cov and KL-Cov act on these.
+A few tokens contribute orders of magnitude more than the rest. Clip-Cov and KL-Cov act on these.
 
     python covariance.py      the theorem on one softmax, then who carries the covariance in a rollout batch
 """
@@ -141,15 +141,15 @@ def carriers(logp, advantages, mask):
     for a, name in ((True, "likely tokens"), (False, "rare tokens")):
         print(f"{name:20} {sums[a, True]:+15.0f} {sums[a, False]:+15.0f}")
     selected = select_kl_cov(cov, mask, 0.01)
-    print(f"The top 1% of the tokens hold {cov[selected].sum() / cov.sum():.0%} of the whole sum, "
+    print(f"The top 1% of the tokens hold {cov[selected].sum() / cov.sum():.0%} of the net sum, "
           f"{cov.sum():.0f}. Their median probability\nis {logp[selected].exp().median():.2f}, and "
           f"{(advantages[selected] < 0).float().mean():.0%} of them stand in wrong answers.")  # fmt: skip
     wrong = mask & (advantages < 0)
     rarest = top((-logp).masked_fill(~wrong, -torch.inf), int(selected.sum()))
-    hard = advantages > -0.6  # the wrong answers of groups in which at most 2 of 8 are right
+    hard = wrong & (advantages > -0.6)  # -0.54 in a group with 2 of 8 right, -0.72 with 3
     share = [f"{hard[tokens].float().mean():.0%}" for tokens in (selected, rarest)]
-    print(f"From hard groups (at most 2 of 8 right) come {share[0]} of them, but {share[1]} of as many\n"
-          "tokens that are simply the rarest ones of wrong answers: the covariance weighs with |A|.")
+    print(f"From hard groups (1 or 2 of 8 right) come {share[0]} of them. Of as many tokens, chosen as the\n"
+          f"rarest of wrong answers, {share[1]} do: there |A| is small, and with it the covariance.")
     return sums
 
 
@@ -173,7 +173,7 @@ def draw(rows, sums, file):
     right.bar([names[key] for key in sums], list(sums.values()), color=colours)
     right.axhline(0, color="black")
     right.set(ylabel="sum of Cov(y_i) over a rollout batch")
-    right.set_title("In RL, rare tokens of wrong answers\ndrive the entropy down")
+    right.set_title("In this batch, rare tokens of wrong answers\ndrive the entropy down")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
@@ -183,7 +183,7 @@ def main():
     parser.add_argument("--out", default="figures/covariance.png", metavar="FILE")
     o = parser.parse_args()
     rows = theorem()
-    print("\nLikely rewarded: entropy falls. Rare rewarded: it rises. Half the step, a quarter of the error.")
+    print("\nLikely: entropy falls. Rare: it rises. For small steps, half the step: a quarter of the error.")
     print("\n2. The first rollout batch of the embedded policy")
     sums = carriers(*embedded_rollouts())
     try:

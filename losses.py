@@ -14,7 +14,7 @@ that count,
     high_entropy   grpo's loss_i, only the 20% of tokens with the highest entropy          2506.01939, sec. 5
     low_entropy    grpo's loss_i, only the other 80%                                       ibid.
     cw_grpo        grpo's loss_i, A_i smaller where |covariance| is large                  2605.11538
-    opefo          grpo's loss_i, weighted so that entropy stays, to first order           2605.11491
+    opefo          grpo's loss_i, weighted so that changes of the entropy cancel           2605.11491
     adaptive_entropy  entropy_bonus, with c rising while the entropy is below a target     2505.22312
     entrocraft     grpo's loss_i, only right or only wrong answers outside of a band of H  2604.26326
 
@@ -163,9 +163,9 @@ def clip_cov(t, o):
 def kl_cov(t, o):
     """KL-Cov (arXiv 2505.22617, section 4): the tokens of highest covariance are pulled back.
 
-    These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|,
-    the penalty pushes k N of them up with beta. The two balance at a share of k beta / |A| of all tokens:
-    with a constant beta, so many errors stay for ever. --anneal lowers it, and with it this floor, to 0.
+    These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|, the
+    penalty pushes at most k N of them up with beta. If beta is above |A| the two balance at a share of
+    k beta / |A| of all tokens: so many errors stay. --anneal lowers beta, and with it this floor, to 0.
     """
     beta = o.kl_cov_beta * t.strength
     selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio if beta > 0 else 0)
@@ -221,8 +221,8 @@ def cw_grpo(t, o):
 def opefo(t, o):
     """OPEFO (arXiv 2605.11491): tokens that raise the entropy x (1 + l), those that lower it x (1 - l).
 
-    Token i changes it by dH_i ~= -A_i p_i (log p_i + H_i), to first order; with D+ and D- the sums of the
-    positive and of the negative ones, l = (|D-| - D+) / (|D-| + D+) makes them cancel.
+    Token i changes it by dH_i ~= -A_i p_i (log p_i + H_i), counting the move of its own logit alone; with D+
+    and D- the sums of the positive and of the negative ones, l = (|D-| - D+) / (|D-| + D+) makes them cancel.
     """
     logp, H = t.logp.detach().clamp(-50, 0), t.entropy.detach()
     change = (-t.advantages * logp.exp() * (logp + H)).masked_fill(~t.mask, 0)
@@ -245,7 +245,10 @@ def adaptive_entropy(t, o):
 
 
 def entrocraft(t, o):
-    """Entrocraft (arXiv 2604.26326): entropy above the target +10%: only A > 0 counts; below -10%: A < 0."""
+    """Entrocraft (arXiv 2604.26326): entropy above the target +10%: only A > 0 counts; below -10%: A < 0.
+
+    --anneal lowers the target; once it is 0, only right answers count.
+    """
     H, target, kept = mean_entropy(t), o.entropy_target * t.strength, t.mask
     if H > 1.1 * target:
         kept = kept & (t.advantages > 0)

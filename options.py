@@ -103,8 +103,9 @@ OPTIONS = {
          "adaptive_entropy: its largest weight, published 5e-3"),
         ("--entropy-target", positive(float), 0.1, "adaptive_entropy, entrocraft: nats that they hold; "
          "published 0.2, and 0.65 falling to 0.45"),
-        ("--anneal", count, None, "steps over which the method's own strength falls linearly to 0; 0: it is "
-         "constant, as published (default 640 with the embedded problems, else 0)"),
+        ("--anneal", count, None, "clip_cov, kl_cov, entropy_bonus, opefo, adaptive_entropy, entrocraft: "
+         "steps over which their strength falls linearly to 0; 0: it is constant, as published (default 640 "
+         "with the embedded problems, else 0)"),
         ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL term (arXiv 2402.03300)"),
         ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of tokens that is kept "
          "(default 0.2 and 0.8, arXiv 2506.01939)"),

@@ -5,7 +5,8 @@
     ..._rarest_wrong                     the rarest tokens with A < 0
     ..._right                            at random among tokens with A > 0
 
-    python -m lab.controls --method kl_cov_random      with the other options of train.py
+    python -m lab.controls --method kl_cov_random      with the other options of train.py; for those of
+                                                       clip_cov also --clip-low 1 --clip-high 1
     python -m lab.study controls                       the comparison
 """
 

@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 import plot
 from lab.page import read_samples
 
-STEP = [  # what is done, what comes out, where it is written; the second row is repeated
+STEP = [  # what is done, what comes out, where it is written; four of the second row are repeated
     [("problems", "P prompts", "data.py"), ("rollout", "P x G completions", "rollout.py"),
      ("reward", "right or wrong: (P, G)", "reward.py"),
      ("advantages", "above its group? (P, G)", "losses.py"),
@@ -65,18 +65,18 @@ def strip(axis, y, line, key, colour, framed=()):
 def draw_tokens(samples):
     """A right and a wrong completion: each token in the colour of its entropy, and of its covariance."""
     first = [line for line in samples if line["step"] == samples[0]["step"]]
-    right, wrong = ([line for line in first if line["reward"] == r] for r in (1, 0))
-    shown = [min(right, key=lambda line: min(line["covariance"])),
-             max(wrong, key=lambda line: max(line["covariance"]))]  # fmt: skip
+    shown = [min(first, key=lambda line: (-line["reward"], min(line["covariance"]))),
+             max(first, key=lambda line: (-line["reward"], max(line["covariance"])))]  # fmt: skip
     largest = max(abs(c) for line in shown for c in line["covariance"])
     blue = lambda H: colormaps["Blues"](0.7 * min(H / 1.5, 1))
-    orange = lambda c: colormaps["PuOr_r"](0.5 + 0.4 * c / largest)
+    orange = lambda c: colormaps["PuOr_r"](0.5 + 0.3 * c / largest)
     figure = Figure(figsize=(16, 7), layout="constrained")
     axis = figure.subplots()
     axis.set(xlim=(-2, max(len(line["tokens"]) for line in shown)), ylim=(-0.3, 6.2))
     axis.set_title("Entropy sits at the forks; covariance at rare tokens of wrong answers")
     axis.axis("off")
-    for line, verdict, y in zip(shown, ("right", "wrong"), (3.2, 0)):
+    for line, y in zip(shown, (3.2, 0)):
+        verdict = "right" if line["reward"] else "wrong"
         axis.text(0, y + 2.1, f"{line['prompt']}   {verdict}", fontsize=18, family="monospace")
         strip(axis, y + 0.9, line, "entropy", blue)
         strip(axis, y, line, "covariance", orange, line["selected"])
