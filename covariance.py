@@ -173,7 +173,7 @@ def draw(rows, sums, file):
     right.bar([names[key] for key in sums], list(sums.values()), color=colours)
     right.axhline(0, color="black")
     right.set(ylabel="sum of Cov(y_i) over a rollout batch")
-    right.set_title("In this batch, rare tokens of wrong answers\ndrive the entropy down")
+    right.set_title("Here rare tokens of wrong answers\ndrive the entropy down")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
