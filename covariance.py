@@ -85,17 +85,8 @@ def top(values, count):
 # ---------------------------------------------------------------- demonstration
 
 
-def steps_of(logits, direction, sizes):
-    """[(eta, measured dH, predicted dH), ...] of a policy (V,) whose logits move by eta x direction (V,)."""
-    rows = []
-    for eta in sizes:
-        measured = entropy(logits + eta * direction) - entropy(logits)
-        rows.append((eta, measured.item(), predicted_entropy_change(logits, eta * direction).item()))
-    return rows
-
-
 def theorem():
-    """Prints and returns {case: steps_of}: the policy gradient on a softmax of 8 actions."""
+    """Prints and returns {case: [(step, measured dH, predicted dH), ...]} of a softmax of 8 actions."""
     z = torch.tensor([3.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], dtype=torch.float64)
     p, rows = torch.softmax(z, 0), {}
     print(f"1. One softmax of 8 actions, entropy {entropy(z):.3f} nats; one is rewarded; natural gradient\n")
@@ -103,8 +94,11 @@ def theorem():
     for action, name in ((0, "likely"), (6, "rare")):
         reward = torch.eye(8, dtype=torch.float64)[action]
         advantages = reward - (p * reward).sum()  # an advantage has mean 0 under its policy
-        rows[name] = steps_of(z, advantages, [1.0, 0.5, 0.25, 0.125])
-        for eta, measured, predicted in rows[name]:
+        rows[name] = []
+        for eta in (1.0, 0.5, 0.25, 0.125):
+            measured = (entropy(z + eta * advantages) - entropy(z)).item()
+            predicted = predicted_entropy_change(z, eta * advantages).item()
+            rows[name].append((eta, measured, predicted))
             print(f"{name + f', p = {p[action]:.2f}':20} {eta:8.3f} {measured:+12.4f} {predicted:+9.4f} "
                   f"{abs(measured - predicted):9.1e}")  # fmt: skip
     return rows
@@ -155,7 +149,7 @@ def carriers(logp, advantages, mask):
 
 def draw(rows, sums, file):
     """Left: predicted and measured dH. Right: who carries the covariance."""
-    from matplotlib.figure import Figure  # here, so that training does not import it
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -179,6 +173,8 @@ def draw(rows, sums, file):
 
 
 def main():
+    from plot import STYLE, rc_context  # here, so that training imports no matplotlib
+
     parser = argparse.ArgumentParser(description="The theorem, and who carries the covariance.")
     parser.add_argument("--out", default="figures/covariance.png", metavar="FILE")
     o = parser.parse_args()
@@ -187,9 +183,7 @@ def main():
     print("\n2. The first rollout batch of the embedded policy")
     sums = carriers(*embedded_rollouts())
     try:
-        import plot
-
-        with plot.rc_context(plot.STYLE):
+        with rc_context(STYLE):
             draw(rows, sums, o.out)
     except OSError as error:
         parser.exit(2, f"covariance.py: error: argument --out: {o.out}: {error.strerror}\n")

@@ -221,9 +221,11 @@ def collect(study, rows, seeds, old):
 
     old: data/STUDY.json as it was before, of which the runs are kept that are not on this machine.
     """
-    known_bases = old.get("bases", {})
-    bases = {row.base: known_bases.get(row.base) or starting_policy(folder_of(row.base)) for row in rows}
-    found, baselines = {"study": study, "bases": bases, "rows": []}, {}
+    bases, baselines = dict(old.get("bases", {})), {}
+    for row in rows:
+        if row.base not in bases:
+            bases[row.base] = starting_policy(folder_of(row.base))
+    found = {"study": study, "bases": bases, "rows": []}
     for row in rows:
         runs = kept(old, row)
         for seed in seeds:
