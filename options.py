@@ -148,6 +148,8 @@ def command_line():
     add("--advantage", choices=losses.ESTIMATORS, default="grpo", help="its estimator (default grpo)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: a GPU if there is one")
+    add("--precision", choices=("fp32", "bf16"), help="of sampling and of products; weights, gradients and "
+        "moments are fp32 (default bf16 on a GPU, else fp32; few CPUs compute in bf16)")
     add("--filter-groups", action="store_true", help="drop groups whose rewards are all equal and sample "
         "more problems until the batch is full, in at most 10 rounds a step (published; arXiv 2503.14476)")
     add("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")
@@ -176,6 +178,7 @@ def options(argv=None):
     o.clip_low, o.clip_high = o.clip_low or low, o.clip_high or high
     o.entropy_fraction = o.entropy_fraction or (0.8 if o.method == "low_entropy" else 0.2)
     o.prm_lr = o.prm_lr or 2 * o.lr
+    o.precision = o.precision or ("bf16" if o.device == "cuda" else "fp32")
     if o.anneal is None:
         o.anneal = 640 if o.data == "arithmetic" else 0
     estimator = "" if o.advantage == "grpo" else f"-{o.advantage}"

@@ -202,9 +202,11 @@ def micro_batches(prompts, completions, tokens, rows):
     return [group for group in groups if group]
 
 
-def autocast(device):
-    """bf16 arithmetic on a GPU. The parameters stay in fp32: in bf16 small updates would round away."""
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+def autocast(o):
+    """With --precision bf16, products in bf16. The parameters stay in fp32: in bf16 small updates would round
+    away.
+    """
+    return torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16")
 
 
 def score(model, batch, temperature, o):
@@ -228,7 +230,7 @@ def score_each(model, batches, temperature, o):
         scores = torch.zeros(len(batch.prompts), 2, width)
         for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows.tolist()):
             prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with autocast(o.device):
+            with autocast(o):
                 logp, ent = entropies.score(model, prompts, completions, temperature)
             scores[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
         mine.append(scores[rows])
@@ -248,7 +250,7 @@ def backward(model, batch, dlogp, dentropy, o):
     with recomputation(model):
         for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows):
             prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with autocast(o.device):
+            with autocast(o):
                 entropies.backward(model, prompts, completions, dlogp[group], dentropy[group], o.temperature)
     sum_gradients(model)
 

@@ -45,7 +45,7 @@ class Policy:
     """The model that is trained, and what goes with it."""
 
     model: torch.nn.Module
-    sampler: torch.nn.Module  # what rollouts are drawn from: the model itself, or on a GPU its copy in bf16
+    sampler: torch.nn.Module  # what rollouts are drawn from: the model itself, or its copy in bf16
     tokenizer: Any
     eos_ids: set
     optimizer: torch.optim.Optimizer
@@ -310,8 +310,8 @@ def encode(tokenizer, problems, most, option):
 
 
 def sampling_copy(model, o):
-    """What samples: on a GPU a copy in bf16, since reading the weights takes most of the time."""
-    if o.device != "cuda":
+    """What samples: with --precision bf16 a copy, since reading the weights takes most of the time."""
+    if o.precision == "fp32":
         return model
     sampler = copy.deepcopy(model)
     for p in sampler.parameters():  # not sampler.bfloat16(): rotary frequencies are a buffer and stay in fp32

@@ -16,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 import plot
 from lab.page import read_samples
 
+LINES = 3  # of a completion that are shown
 STEP = [  # what is done, what comes out, where it is written; four of the second row are repeated
     [("problems", "P prompts", "data.py"), ("rollout", "P x G completions", "rollout.py"),
      ("reward", "right or wrong: (P, G)", "reward.py"),
@@ -51,15 +52,30 @@ def draw_step():
     return figure
 
 
-def strip(axis, y, line, key, colour, framed=()):
-    """A row of tokens, one wide each, in the colours of their values of a key of samples.jsonl."""
-    axis.text(-0.3, y + 0.4, key, ha="right", va="center", fontsize=16)
-    for i, (token, value) in enumerate(zip(line["tokens"], line[key])):
-        frame = {"ec": "black", "linewidth": 3, "zorder": 3} if i in framed else {"ec": "white"}
-        axis.add_patch(Rectangle((i, y), 1, 0.8, fc=colour(value), **frame))
-        token = "end" if "endoftext" in token else token.replace("\\boxed", "box")
-        centre = {"ha": "center", "va": "center", "zorder": 4}
-        axis.text(i + 0.5, y + 0.4, token, fontsize=17, family="monospace", **centre)
+def window(line, room):
+    """Tokens of a line of samples.jsonl, `room` characters around that of largest covariance: (first, last)."""
+    size = [len(text) for text in line["tokens"]]
+    first = last = max(range(len(size)), key=lambda i: abs(line["covariance"][i]))
+    while (first > 0 or last < len(size) - 1) and sum(size[first : last + 1]) < room:
+        first, last = max(0, first - 1), min(len(size) - 1, last + 1)
+    return first, last
+
+
+def strip(axis, y, width, line, key, colour):
+    """The window's tokens from y down, in the colours of their values of a key. Returns the next free y."""
+    (first, last), x = window(line, LINES * width), 0
+    axis.text(-0.5, y - 0.5, key, ha="right", va="center", fontsize=16)
+    for i in range(first, last + 1):
+        text = "(end)" if "<|" in line["tokens"][i] else line["tokens"][i].replace("\n", "\u21b5")
+        if x + len(text) > width:
+            x, y = 0, y - 1
+        frame = {"ec": "black", "linewidth": 2, "zorder": 3} if i in line["selected"] else {"ec": "white"}
+        axis.add_patch(Rectangle((x, y - 0.9), len(text), 0.85, fc=colour(line[key][i]), **frame))
+        for j, sign in enumerate(text):  # one by one: all signs then take the same room
+            axis.text(x + j + 0.5, y - 0.5, sign.replace("$", "\\$"), fontsize=min(20, 1350 / width),
+                      family="monospace", ha="center", va="center", zorder=4)  # fmt: skip
+        x += len(text)
+    return y - 1.3
 
 
 def draw_tokens(samples):
@@ -67,21 +83,23 @@ def draw_tokens(samples):
     first = [line for line in samples if line["step"] == samples[0]["step"]]
     shown = [min(first, key=lambda line: (-line["reward"], min(line["covariance"]))),
              max(first, key=lambda line: (-line["reward"], max(line["covariance"])))]  # fmt: skip
+    width = min(90, max(sum(map(len, line["tokens"])) for line in shown))
     largest = max(abs(c) for line in shown for c in line["covariance"])
     blue = lambda H: colormaps["Blues"](0.7 * min(H / 1.5, 1))
     orange = lambda c: colormaps["PuOr_r"](0.5 + 0.3 * c / largest)
-    figure = Figure(figsize=(16, 7), layout="constrained")
+    figure, y = Figure(layout="constrained"), 0
     axis = figure.subplots()
-    axis.set(xlim=(-2, max(len(line["tokens"]) for line in shown)), ylim=(-0.3, 6.2))
     axis.set_title("Entropy sits at the forks; covariance at rare tokens of wrong answers")
     axis.axis("off")
-    for line, y in zip(shown, (3.2, 0)):
-        verdict = "right" if line["reward"] else "wrong"
-        axis.text(0, y + 2.1, f"{line['prompt']}   {verdict}", fontsize=18, family="monospace")
-        strip(axis, y + 0.9, line, "entropy", blue)
-        strip(axis, y, line, "covariance", orange, line["selected"])
+    for line in shown:
+        question = f"{'right' if line['reward'] else 'wrong'}: {line['prompt']}".replace("\n", " ")[:90]
+        axis.text(0, y - 0.5, question.replace("$", "\\$"), fontsize=16, va="center")
+        y = strip(axis, y - 1, width, line, "entropy", blue)
+        y = strip(axis, y, width, line, "covariance", orange) - 0.4
     legend = "blue: up to 1.5 nats; orange: covariance above 0, purple: below; framed: the method's choice"
-    axis.text(0, -0.25, legend, fontsize=15, va="center")
+    axis.text(0, y, legend, fontsize=15, va="center")
+    axis.set(xlim=(-0.13 * width, width), ylim=(y - 0.5, 0))
+    figure.set_size_inches(16, 0.7 + 0.4 * -y)
     return figure
 
 
