@@ -83,7 +83,7 @@ def draw_tokens(samples):
     first = [line for line in samples if line["step"] == samples[0]["step"]]
     shown = [min(first, key=lambda line: (-line["reward"], min(line["covariance"]))),
              max(first, key=lambda line: (-line["reward"], max(line["covariance"])))]  # fmt: skip
-    width = min(90, max(sum(map(len, line["tokens"])) for line in shown))
+    width = min(90, max(60, *(sum(map(len, line["tokens"])) for line in shown)))
     largest = max(abs(c) for line in shown for c in line["covariance"])
     blue = lambda H: colormaps["Blues"](0.7 * min(H / 1.5, 1))
     orange = lambda c: colormaps["PuOr_r"](0.5 + 0.3 * c / largest)
