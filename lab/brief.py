@@ -24,6 +24,7 @@ import train
 from data import UserError, encode_prompts
 
 CHATS, SAMPLES, BATCH, LR = 128, 4, 32, 1e-5  # problems, answers of each; completions a step; AdamW
+TRAIN, HELD_OUT = 4000, 256  # problems that are written
 TOKENS = 48  # of an answer, at most
 EXAMPLES = (
     ("31 + 14 x 3", "14 x 3 = 42, 31 + 42 = 73. \\boxed{73}"),
@@ -98,13 +99,15 @@ def main():
     own = parser.parse_args()
     rng, out = random.Random(f"brief/{own.seed}"), Path(own.out)
     o = SimpleNamespace(device="cpu", precision=own.precision, micro_batch=2048, temperature=1.0)
-    asked, taught, held_out = (lambda rows: (rows[:4000], rows[4000:-256], rows[-256:]))(
-        problems(4000 + CHATS + 256, rng))  # fmt: skip
+    rows = problems(TRAIN + CHATS + HELD_OUT, rng)
+    asked, taught, held_out = rows[:TRAIN], rows[TRAIN:-HELD_OUT], rows[-HELD_OUT:]
     try:
         model, tokenizer, eos_ids = rollout.load_policy(own.model)
     except UserError as error:
         parser.exit(2, f"lab.brief: error: {error}\n")
     kept = own_answers(train.sampling_copy(model, o), tokenizer, eos_ids, taught, own.seed)
+    if not kept:
+        parser.exit(2, f"lab.brief: error: --model {own.model}: no answer ends and has a box\n")
     tokenizer.chat_template = TEMPLATE
     learn(model, tokenizer, kept, rng, o)
     model.save_pretrained(out)

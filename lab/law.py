@@ -10,6 +10,7 @@ entered the step, and the problems are new, so R is an unbiased but noisy estima
     fit         least squares over all steps: a, b, and the ceiling b - a, which is R at H = 0
     R^2         of means over 5 consecutive steps, which reduces the noise; the same with R linear in H and in
                 log H. Noise of R keeps it below 1 where the law is true
+    last        of entropy, R and so on: over the last tenth of the steps; `first`: over the first
     forecast    the law fitted to the first 10, 20, 36 and 50% of the steps predicts R at the end
     above       mean of R - law(H) over the steps whose H occurs in the baseline too, and R at the end minus
                 the ceiling, both for the baseline's law
@@ -140,6 +141,17 @@ def last_tenth(x):
     return x[-max(1, len(x) // 10) :]
 
 
+def course(steps):
+    """What a run began and ended with: entropy, reward and held-out accuracy; and its covariance."""
+    found = {}
+    for key in ("entropy", "reward", "accuracy", "accuracy_sampled"):
+        known = torch.tensor([s[key] for s in steps if s.get(key) is not None], dtype=torch.float64)
+        if len(known):
+            found[key] = [last_tenth(known.flip(0)).mean().item(), last_tenth(known).mean().item()]
+    known = [s["covariance"] for s in steps if s.get("covariance") is not None]
+    return found | {"covariance above 0": sum(c > 0 for c in known) / len(known) if known else None}
+
+
 # ---------------------------------------------------------------- on the curve of a baseline, or above it?
 
 
@@ -186,8 +198,14 @@ def number(x, ends=None):
 
 
 def tables(found):
-    """The figures as markdown. found: data/law.json, a dict with "fits", "forecasts" and "above"."""
-    fits, above_rows = [], []
+    """The figures as markdown. found: data/law.json, a dict with "runs", "fits", "forecasts" and "above"."""
+    runs, fits, above_rows = [], [], []
+    for run, w in found["runs"].items():
+        ratio = w["entropy"][1] / found["baseline"] if found["baseline"] else None
+        runs.append([run, *(f"{x:.3f}" for x in w["entropy"]), number(ratio),
+                     *(" to ".join(f"{x:.1%}" for x in w.get(key, [])) or "-"
+                       for key in ("reward", "accuracy", "accuracy_sampled")),
+                     f"{w['covariance above 0'] or 0:.0%}"])  # fmt: skip
     for run, w in found["fits"].items():
         values = [number(w[key], w["interval"][key]) for key in ("a", "ceiling")]
         fits.append([run, number(w["b"]), *values, *map(number, w["r2"].values())])
@@ -197,7 +215,9 @@ def tables(found):
         above_rows.append([label, w["end"]["runs"], *cells])
     forms, parts = [f"R^2, {name}" for name in FORMS], [f"from {part:.0%}" for part in EARLY]
     text = f"Made by lab/law.py: R = -a exp(H) + b, R is the {found['of']}; 95% intervals.\n\n"
-    text += markdown(["run", "b", "a", "ceiling", *forms], fits)
+    text += markdown(["run", "entropy, first", "last", "to the baseline's", "reward", "held-out, greedy",
+                      "sampled", "steps with covariance > 0"], runs)  # fmt: skip
+    text += "\n" + markdown(["run", "b", "a", "ceiling", *forms], fits)
     text += "\n" + markdown(["R at the end of", *parts, "measured"], forecasts)
     if above_rows:
         head = ["above the law of the baseline", "runs", "at equal H", "end - ceiling"]
@@ -241,11 +261,13 @@ def main():
     parser.add_argument("--of", default="reward", metavar="KEY", help="R in metrics.jsonl (default reward)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default figures)")
     o = parser.parse_args()
-    found, groups, baseline = {"of": o.of, "fits": {}, "forecasts": {}, "above": {}}, {}, []
+    found = {"of": o.of, "runs": {}, "baseline": None, "fits": {}, "forecasts": {}, "above": {}}
+    groups, baseline = {}, []
     try:
         for run in [*o.against, *o.runs]:
             config, steps = plot.read_run(run)
             H, R = points(steps, o.of, run)
+            found["runs"][run] = course(steps)
             found["fits"][run] = fit([(H, R)])
             found["forecasts"][run] = [*(forecast(H, R, part) for part in EARLY), last_tenth(R).mean().item()]
             label = config["method"]
@@ -257,6 +279,7 @@ def main():
             if len(runs) > 1:
                 found["fits"][f"all of {label}"] = fit(runs)
         if baseline:
+            found["baseline"] = sum(last_tenth(H).mean().item() for H, _ in baseline) / len(baseline)
             found["above"] = compare(groups, baseline)
         fitted = [label for label in groups if label.endswith("baseline") or not baseline]
         report(o.out, "law", tables(found), found, draw(groups, fitted))

@@ -6,8 +6,8 @@ The problems are those of the first step of train.py with these options, --promp
 completions each. Their log-probs and entropies are computed in fp32; then, of the first COMPARED completions,
 also as an update with --precision bf16 computes them, and by the bf16 copy that would sample.
 
-Written to DIR: qwen.md and qwen.png; data/qwen.json, what they show; qwen_tokens.png and qwen.html, some of
-the completions token by token.
+Written to DIR: tokens.md and tokens.png; data/tokens.json, what they show; completions.png and
+completions.html, some of the completions token by token.
 """
 
 import argparse
@@ -184,9 +184,9 @@ def main():
         chosen = losses.Loss(t.logp, selected=select_kl_cov(t.covariance, t.mask, RATIOS[0]))
         samples = checkpoint.plain(checkpoint.sample_lines(policy.tokenizer, batch, t, chosen, 1, 16))
         with rc_context(plot.STYLE):
-            report(out, "qwen", head + tables(found), found, draw(found))
-            draw_tokens(samples).savefig(out / "qwen_tokens.png", dpi=100)
-        (out / "qwen.html").write_text(page(vars(o), samples), encoding="utf-8")
+            report(out, "tokens", head + tables(found), found, draw(found))
+            draw_tokens(samples).savefig(out / "completions.png", dpi=100)
+        (out / "completions.html").write_text(page(vars(o), samples), encoding="utf-8")
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.tokens: error: {error}\n")
 

@@ -375,13 +375,13 @@ def test_weights_and_moments_are_fp32_so_an_update_too_small_for_bf16_is_kept(op
     assert {x.dtype for x in [*moments, *weights(loaded[0])]} == {torch.float32}
 
 
-def test_on_a_gpu_rollouts_come_from_a_bf16_copy_that_follows_the_policy(options):
-    """Nothing here needs the GPU: the device is a word in the options."""
-    o = options()
-    policy, _, held_out = train.load(o)
-    assert policy.sampler is policy.model  # on the CPU there is only one
-    o.device = "cuda"
-    policy.sampler = sampler = train.sampling_copy(policy.model, o)
+def test_with_precision_bf16_a_copy_in_bf16_samples_and_follows_the_policy(options, graded):
+    """As by default on a GPU; a CPU can do it, too, if more slowly."""
+    plain = train.load(options())[0]
+    assert plain.sampler is plain.model  # on a CPU there is only one
+    o = options(more="--precision bf16")
+    policy, problems, held_out = train.load(o)
+    sampler = policy.sampler
     assert {p.dtype for p in sampler.parameters()} == {torch.bfloat16}
     assert sampler.lm_head.weight is sampler.model.embed_tokens.weight  # still tied
     assert {b.dtype for b in sampler.buffers()} == {torch.float32}  # the rotary frequencies are not rounded
@@ -391,6 +391,22 @@ def test_on_a_gpu_rollouts_come_from_a_bf16_copy_that_follows_the_policy(options
         use()
         for mine, theirs in zip(sampler.parameters(), policy.model.parameters()):
             assert theirs.dtype == torch.float32 and torch.equal(mine, theirs.bfloat16())
+
+
+def test_with_precision_bf16_products_are_rounded_and_weights_are_not(options, graded, draws):
+    """Old and new log-probs still come from one computation: train.update checks it in every step."""
+    lines, moved = {}, {}
+    for precision in ("fp32", "bf16"):
+        o = options("kl_cov", f"--precision {precision} --lr 1e-4")
+        loaded = train.load(o)
+        before = weights(loaded[0])
+        lines[precision] = step(o, 1, loaded)
+        moved[precision] = [p - b for p, b in zip(loaded[0].model.parameters(), before)]
+        assert {p.dtype for p in loaded[0].model.parameters()} == {torch.float32}
+    difference = lines["bf16"]["entropy"] - lines["fp32"]["entropy"]
+    assert 0 < abs(difference) < 0.02 * lines["fp32"]["entropy"]
+    one, other = (torch.cat([d.flatten() for d in moved[p]]) for p in ("fp32", "bf16"))
+    assert torch.nn.functional.cosine_similarity(one, other, 0) > 0.7
 
 
 def test_gradient_checkpointing_changes_nothing_and_a_model_that_cannot_do_it_is_refused(options, graded):

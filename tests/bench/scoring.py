@@ -28,7 +28,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import entropy
-from parallel import autocast
 from rollout import load_policy
 
 
@@ -80,7 +79,7 @@ def one(o):
     for _ in range(o.repeats):
         model.zero_grad(set_to_none=True)
         began = time.perf_counter()
-        with autocast(o.device):
+        with torch.autocast(o.device, torch.bfloat16, enabled=o.device == "cuda"):
             H = WAYS[o.way](model, prompts, completions).mean().item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     print(json.dumps({"memory": peak(o.device) - start, "seconds": seconds, "entropy": H}))

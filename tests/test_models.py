@@ -1,0 +1,69 @@
+"""Any checkpoint, held against transformers: MODELS="DIR_OR_HUB_ID ..." python -m pytest tests/test_models.py
+
+Without MODELS it is the embedded policy. Other architectures of random weights are in tests/test_rollout.py.
+"""
+
+import os
+
+import pytest
+import torch
+
+import entropy
+import rollout
+from data import encode_prompts
+from rollout import TINY, load_policy, sample
+
+MODELS = os.environ.get("MODELS", TINY).split()
+QUESTIONS = ["1+2=", "What is 7 x 8?", "Name three prime numbers below 30, in falling order, and add them up."]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loaded(request):
+    """Model in fp32, end-of-sequence ids, prompts of different length, and 2 sampled completions of each."""
+    model, tokenizer, eos_ids = load_policy(request.param, DEVICE)
+    questions = ["1+2=", "7*8+1=", "5+5+5+5="] if request.param == TINY else QUESTIONS
+    prompts = encode_prompts(tokenizer, questions, 500)
+    groups = sample(model, prompts, 2, 24, 1.0, eos_ids, torch.Generator().manual_seed(0))
+    return model, eos_ids, prompts, groups
+
+
+@torch.no_grad()
+def test_log_probs_and_entropies_are_those_of_a_plain_forward_pass_of_each_row(loaded):
+    model, _, prompts, groups = loaded
+    rows = [(prompt, completion) for prompt, group in zip(prompts, groups) for completion in group]
+    logp, H = entropy.score(model, *zip(*rows))
+    for i, (prompt, completion) in enumerate(rows):
+        ids = torch.tensor([prompt + completion], device=DEVICE)
+        expected = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1].double(), -1)
+        n = len(completion)
+        chosen = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(logp[i, :n].double(), chosen, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(H[i, :n].double(), -(expected.exp() * expected).sum(-1), atol=2e-3, rtol=1e-3)
+        assert not logp[i, n:].any() and not H[i, n:].any()
+
+
+@torch.inference_mode()
+def test_greedy_samples_equal_generates(loaded):
+    model, eos_ids, prompts, _ = loaded
+    ours = [group[0] for group in sample(model, prompts, 1, 24, 0.0, eos_ids)]
+    for prompt, completion in zip(prompts, ours):
+        ids = torch.tensor([prompt], device=DEVICE)
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+                                eos_token_id=sorted(eos_ids), pad_token_id=0, temperature=None, top_p=None,
+                                top_k=None, repetition_penalty=1.0)  # fmt: skip
+        assert completion == theirs[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def test_sampled_tokens_are_those_that_the_plain_distribution_and_the_random_numbers_give(loaded):
+    model, eos_ids, prompts, groups = loaded
+    noise = rollout.uniforms(len(prompts), 2, 24, torch.Generator().manual_seed(0))
+    same = []
+    for prompt, group, u in zip(prompts, groups, noise):
+        for completion, numbers in zip(group, u):
+            ids = torch.tensor([prompt + completion], device=DEVICE)
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+            drawn = rollout.next_token(logits, 1.0, numbers[: len(completion)].to(DEVICE))
+            same += (drawn == ids[0, len(prompt) :]).tolist()
+    assert sum(same) >= len(same) - 1  # rounding may move a number across the border of two tokens
