@@ -23,7 +23,8 @@ import rollout
 import train
 from data import UserError, encode_prompts
 
-CHATS, SAMPLES, BATCH, LR = 128, 4, 32, 1e-5  # problems, answers of each; completions a step; AdamW
+CHATS, SAMPLES = 128, 4  # problems, answers of each
+BATCH, LR = 16, 2e-5  # completions a step; AdamW
 TRAIN, HELD_OUT = 4000, 256  # problems that are written
 TOKENS = 48  # of an answer, at most
 EXAMPLES = (

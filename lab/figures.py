@@ -7,6 +7,7 @@ token, and the wrong one with the highest.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from matplotlib import colormaps, rc_context
@@ -63,7 +64,7 @@ def window(line, room):
 
 def strip(axis, y, width, line, key, colour):
     """The window's tokens from y down, in the colours of their values of a key. Returns the next free y."""
-    (first, last), x = window(line, LINES * width), 0
+    (first, last), x = window(line, LINES * (width - 8)), 0
     axis.text(-0.5, y - 0.5, key, ha="right", va="center", fontsize=16)
     for i in range(first, last + 1):
         text = "(end)" if "<|" in line["tokens"][i] else line["tokens"][i].replace("\n", "\u21b5")
@@ -86,17 +87,18 @@ def draw_tokens(samples):
     width = min(90, max(60, *(sum(map(len, line["tokens"])) for line in shown)))
     largest = max(abs(c) for line in shown for c in line["covariance"])
     blue = lambda H: colormaps["Blues"](0.7 * min(H / 1.5, 1))
-    orange = lambda c: colormaps["PuOr_r"](0.5 + 0.3 * c / largest)
+    orange = lambda c: colormaps["PuOr_r"](0.5 + 0.3 * math.copysign(math.sqrt(abs(c) / largest), c))
     figure, y = Figure(layout="constrained"), 0
     axis = figure.subplots()
     axis.set_title("Entropy sits at the forks; covariance at rare tokens of wrong answers")
     axis.axis("off")
     for line in shown:
-        question = f"{'right' if line['reward'] else 'wrong'}: {line['prompt']}".replace("\n", " ")[:90]
-        axis.text(0, y - 0.5, question.replace("$", "\\$"), fontsize=16, va="center")
+        question = line["prompt"].rpartition("user\n")[2].split("<|")[0].replace("\n", " ")[:100]
+        verdict = "right" if line["reward"] else "wrong"
+        axis.text(0, y - 0.5, f"{verdict}: {question}".replace("$", "\\$"), fontsize=16, va="center")
         y = strip(axis, y - 1, width, line, "entropy", blue)
         y = strip(axis, y, width, line, "covariance", orange) - 0.4
-    legend = "blue: up to 1.5 nats; orange: covariance above 0, purple: below; framed: the method's choice"
+    legend = "blue: up to 1.5 nats; orange: covariance above 0, purple: below (colour as its root); framed: the method's choice"
     axis.text(0, y, legend, fontsize=15, va="center")
     axis.set(xlim=(-0.13 * width, width), ylim=(y - 0.5, 0))
     figure.set_size_inches(16, 0.7 + 0.4 * -y)
