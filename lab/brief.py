@@ -5,7 +5,8 @@
 A chat model explains at length, or needs worked examples in every prompt. Here it answers CHATS problems with
 three worked examples before it, SAMPLES times each. Its answers that end and have a box, right or wrong, then
 teach the same weights to answer so without the examples, in one pass. So form and errors are its own: nothing
-is learned from a right answer that the model did not give. The chat template loses its system message.
+is learned from a right answer that the model did not give. The chat template loses its system message. The
+problems that are written have numbers of one digit, those that teach the form have two.
 """
 
 import argparse
@@ -43,14 +44,14 @@ def ask(expression):
     return f"Calculate {expression} into \\boxed{{}}."
 
 
-def problems(count, rng):
-    """`count` different problems (expression, answer): three numbers, of two digits or one that multiplies."""
+def problems(count, rng, low, high):
+    """`count` different problems (expression, answer): three numbers from low to high; factors up to 9."""
     found = {}
     while len(found) < count:
-        expression = str(rng.randint(10, 99))
+        expression = str(rng.randint(low, high))
         for _ in range(2):
             operator = rng.choice("+-x")
-            expression += f" {operator} {rng.randint(2, 9) if operator == 'x' else rng.randint(10, 99)}"
+            expression += f" {operator} {rng.randint(2, 9) if operator == 'x' else rng.randint(low, high)}"
         found[expression] = str(eval(expression.replace("x", "*")))
     return list(found.items())
 
@@ -100,8 +101,7 @@ def main():
     own = parser.parse_args()
     rng, out = random.Random(f"brief/{own.seed}"), Path(own.out)
     o = SimpleNamespace(device="cpu", precision=own.precision, micro_batch=2048, temperature=1.0)
-    rows = problems(TRAIN + CHATS + HELD_OUT, rng)
-    asked, taught, held_out = rows[:TRAIN], rows[TRAIN:-HELD_OUT], rows[-HELD_OUT:]
+    taught, rows = problems(CHATS, rng, 10, 99), problems(TRAIN + HELD_OUT, rng, 1, 9)
     try:
         model, tokenizer, eos_ids = rollout.load_policy(own.model)
     except UserError as error:
@@ -113,7 +113,7 @@ def main():
     learn(model, tokenizer, kept, rng, o)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    for name, rows in (("train", asked), ("heldout", held_out)):
+    for name, rows in (("train", rows[HELD_OUT:]), ("heldout", rows[:HELD_OUT])):
         lines = [json.dumps({"prompt": ask(expression), "answer": answer}) for expression, answer in rows]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     print(f"wrote {out}")

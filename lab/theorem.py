@@ -18,6 +18,7 @@ data/ one JSON line for each learning rate or step:
     moved      how far the logits went: root mean square of the standard deviation, under pi, of z' - z
     points     [predicted, measured] dH of some states
     dH         mean over the states, nats: of the update, or with --follow of the whole step
+    bf16       share of the weights that the update changes if they are rounded to bf16
 
 With --follow, `covariance` is that of the step's tokens. There the advantage stands in the place of z' - z,
 so its unit is another one, and it is compared with -dH by correlation.
@@ -112,12 +113,15 @@ def at_rates(policy, problems, probe, rates, o):
     train.step(policy, train.problems_of_step(problems, 0, o), 1, o)
     direction = [(p.detach() - s) / o.lr for p, s in zip(policy.model.parameters(), start)]
     for rate in rates:
+        changed = 0
         with torch.no_grad():
             for p, s, d in zip(policy.model.parameters(), start, direction):
                 p.copy_(s + rate * d)
+                changed += int((p.bfloat16() != s.bfloat16()).sum())
         change = changes(before, probe_logits(policy.model, probe))
         mean = {"dH": change[0].mean().item(), "predicted": change[1].mean().item()}
-        yield {"rate": rate} | mean | figures(change, 200)
+        share = changed / sum(s.numel() for s in start)
+        yield {"rate": rate} | mean | figures(change, 200) | {"bf16": share}
 
 
 def over_steps(policy, problems, probe, steps, o):
@@ -150,10 +154,11 @@ def of_rates(lines):
     for line in lines:
         keys = ("rate", "moved", "dH", "predicted", "r2", "slope")
         cells = ["-" if line[key] is None else f"{line[key]:.3g}" for key in keys]
+        cells.append(f"{line['bf16']:.1%}")
         title = f"lr {cells[0]}: logits moved {cells[1]}\nR^2 {cells[4]}, slope {cells[5]}"
         rows.append(cells)
         panels.append((title, "predicted dH, nats", "measured dH, nats", line["points"]))
-    head = ["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope"]
+    head = ["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope", "bf16 weights changed"]
     return markdown(head, rows), panels
 
 

@@ -48,7 +48,7 @@ def test_tables_pictures_and_page_are_written(out):
 
 
 def test_the_problems_of_the_brief_base_have_their_answers_and_differ():
-    found = brief.problems(300, random.Random(0))
+    found = brief.problems(300, random.Random(0), 1, 9)
     assert len(dict(found)) == 300
     for expression, answer in found:
         assert grade(f"\\boxed{{{answer}}}", str(eval(expression.replace("x", "*")))) == 1
