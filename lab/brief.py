@@ -1,6 +1,6 @@
 """A pretrained model that answers short arithmetic briefly: a base for experiments of minutes a step.
 
-    python -m lab.brief --model DIR_OR_HUB_ID --out DIR       writes a checkpoint, DIR/train.jsonl, heldout.jsonl
+    python -m lab.brief --model DIR_OR_HUB_ID --out DIR     writes a checkpoint, train.jsonl, heldout.jsonl
 
 A chat model explains at length, or needs worked examples in every prompt. Here it answers CHATS problems with
 three worked examples before it, SAMPLES times each. Its answers that end and have a box, right or wrong, then

@@ -54,7 +54,7 @@ def draw_step():
 
 
 def window(line, room):
-    """Tokens of a line of samples.jsonl, `room` characters around that of largest covariance: (first, last)."""
+    """(first, last) token of a line's `room` characters around the token of largest covariance."""
     size = [len(text) for text in line["tokens"]]
     first = last = max(range(len(size)), key=lambda i: abs(line["covariance"][i]))
     while (first > 0 or last < len(size) - 1) and sum(size[first : last + 1]) < room:
@@ -98,7 +98,8 @@ def draw_tokens(samples):
         axis.text(0, y - 0.5, f"{verdict}: {question}".replace("$", "\\$"), fontsize=16, va="center")
         y = strip(axis, y - 1, width, line, "entropy", blue)
         y = strip(axis, y, width, line, "covariance", orange) - 0.4
-    legend = "blue: up to 1.5 nats; orange: covariance above 0, purple: below (colour as its root); framed: the method's choice"
+    legend = ("blue: up to 1.5 nats; orange: covariance above 0, purple: below (colour as its root); "
+              "framed: the method's choice")
     axis.text(0, y, legend, fontsize=15, va="center")
     axis.set(xlim=(-0.13 * width, width), ylim=(y - 0.5, 0))
     figure.set_size_inches(16, 0.7 + 0.4 * -y)

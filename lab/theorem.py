@@ -158,7 +158,8 @@ def of_rates(lines):
         title = f"lr {cells[0]}: logits moved {cells[1]}\nR^2 {cells[4]}, slope {cells[5]}"
         rows.append(cells)
         panels.append((title, "predicted dH, nats", "measured dH, nats", line["points"]))
-    head = ["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope", "bf16 weights changed"]
+    head = ["learning rate", "logits moved", "mean dH, nats", "predicted", "R^2", "slope",
+            "bf16 weights changed"]  # fmt: skip
     return markdown(head, rows), panels
 
 

@@ -114,13 +114,14 @@ def tables(found):
     shares = [(f"{share:.2%}", f"{mean:.3f}", SHARES[share]) for share, mean in found["shares"].items()]
     text = "Mean covariance of the tokens of highest covariance:\n\n"
     text += markdown(["share of the tokens", "here", "Qwen2.5-7B, published"], shares)
-    text += f"\nThe fifth of highest entropy holds {found['entropy in the top fifth']:.0%} of the entropy.\n\n"
+    fifth = found["entropy in the top fifth"]
+    text += f"\nThe fifth of highest entropy holds {fifth:.0%} of the entropy.\n\n"
     rows = [[a, *(f"{found['kinds'][f'{a}, {b}'][0]:+.0f} ({found['kinds'][f'{a}, {b}'][1]:,})"
                   for b in ("right", "wrong"))] for a in ("likely", "rare")]  # fmt: skip
     text += "Sum of covariance (number of tokens), by probability and answer:\n\n"
     text += markdown(["tokens", "right answers", "wrong answers"], rows)
     rows = [(f"{k} of {found['samples']}", n, f"{c:+.4f}") for k, n, c in found["by accuracy"]]
-    text += "\nBy the right answers in the group:\n\n" + markdown(["right", "groups", "mean covariance"], rows)
+    text += "\nBy the right answers in the group:\n\n" + markdown(["right", "groups", "mean"], rows)
     for key in ("entropy", "covariance"):
         listed = ", ".join(f"`{word!r}` {mean:.2f}" for word, mean, _ in found[f"words by {key}"])
         text += f"\nWords of highest mean {key} (at least {OFTEN} times): {listed}.\n"
