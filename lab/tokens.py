@@ -160,7 +160,7 @@ def main():
     parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of train.py")
     own = parser.parse_args()
     out = Path(own.out)
-    o = options.options(["--method", "kl_cov", *own.options, "--out", str(out / "unused")])
+    o = options.options(["--method", "grpo", *own.options, "--out", str(out / "unused")])
     try:
         policy, problems, _ = train.load(o)
         batch, t, rewards = rollout_batch(policy, problems, o)
@@ -187,7 +187,8 @@ def main():
         with rc_context(plot.STYLE):
             report(out, "tokens", head + tables(found), found, draw(found))
             draw_tokens(samples).savefig(out / "completions.png", dpi=100)
-        (out / "completions.html").write_text(page(vars(o), samples), encoding="utf-8")
+        config = vars(o) | {"method": f"KL-Cov's choice with k = {RATIOS[0]}"}
+        (out / "completions.html").write_text(page(config, samples), encoding="utf-8")
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.tokens: error: {error}\n")
 

@@ -20,7 +20,7 @@ from reward import grade
 def out(tmp_path_factory):
     """What lab.tokens writes about the embedded policy."""
     folder = tmp_path_factory.mktemp("tokens")
-    small = "--prompts 32 --mini-batch 8 --device cpu".split()
+    small = "--prompts 32 --device cpu".split()
     command = [sys.executable, "-m", "lab.tokens", "--out", folder, "--", *small]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
     return folder
