@@ -148,8 +148,8 @@ def command_line():
     add("--advantage", choices=losses.ESTIMATORS, default="grpo", help="its estimator (default grpo)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: a GPU if there is one")
-    add("--precision", choices=("fp32", "bf16"), help="of sampling and of products; weights, gradients and "
-        "moments are fp32 (default bf16 on a GPU, else fp32; few CPUs compute in bf16)")
+    add("--precision", choices=("fp32", "bf16"), help="of sampling and of products; the trained weights, "
+        "gradients and moments are fp32 (default bf16 on a GPU, else fp32; few CPUs compute in bf16)")
     add("--filter-groups", action="store_true", help="drop groups whose rewards are all equal and sample "
         "more problems until the batch is full, in at most 10 rounds a step (published; arXiv 2503.14476)")
     add("--resume", action="store_true", help="continue the run that --out holds from its last checkpoint")

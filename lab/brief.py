@@ -1,4 +1,4 @@
-"""A pretrained model that answers short arithmetic briefly: a base for experiments of minutes a step.
+"""A pretrained model that answers short arithmetic briefly: a base for steps of half a minute on a CPU.
 
     python -m lab.brief --model DIR_OR_HUB_ID --out DIR     writes a checkpoint, train.jsonl, heldout.jsonl
 
@@ -45,7 +45,7 @@ def ask(expression):
 
 
 def problems(count, rng, low, high):
-    """`count` different problems (expression, answer): three numbers from low to high; factors up to 9."""
+    """`count` different problems (expression, answer): numbers from low to high, after x from 2 to 9."""
     found = {}
     while len(found) < count:
         expression = str(rng.randint(low, high))
@@ -101,10 +101,11 @@ def main():
     own = parser.parse_args()
     rng, out = random.Random(f"brief/{own.seed}"), Path(own.out)
     o = SimpleNamespace(device="cpu", precision=own.precision, micro_batch=2048, temperature=1.0)
-    taught, rows = problems(CHATS, rng, 10, 99), problems(TRAIN + HELD_OUT, rng, 1, 9)
+    taught, asked = problems(CHATS, rng, 10, 99), problems(TRAIN + HELD_OUT, rng, 1, 9)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         model, tokenizer, eos_ids = rollout.load_policy(own.model)
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"lab.brief: error: {error}\n")
     kept = own_answers(train.sampling_copy(model, o), tokenizer, eos_ids, taught, own.seed)
     if not kept:
@@ -113,7 +114,7 @@ def main():
     learn(model, tokenizer, kept, rng, o)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    for name, rows in (("train", rows[HELD_OUT:]), ("heldout", rows[:HELD_OUT])):
+    for name, rows in (("train", asked[HELD_OUT:]), ("heldout", asked[:HELD_OUT])):
         lines = [json.dumps({"prompt": ask(expression), "answer": answer}) for expression, answer in rows]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     print(f"wrote {out}")

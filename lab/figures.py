@@ -54,7 +54,7 @@ def draw_step():
 
 
 def window(line, room):
-    """(first, last) token of a line's `room` characters around the token of largest covariance."""
+    """(first, last) token of a line's `room` characters around the token of largest |covariance|."""
     size = [len(text) for text in line["tokens"]]
     first = last = max(range(len(size)), key=lambda i: abs(line["covariance"][i]))
     while (first > 0 or last < len(size) - 1) and sum(size[first : last + 1]) < room:
@@ -85,12 +85,12 @@ def draw_tokens(samples):
     shown = [min(first, key=lambda line: (-line["reward"], min(line["covariance"]))),
              max(first, key=lambda line: (-line["reward"], max(line["covariance"])))]  # fmt: skip
     width = min(90, max(60, *(sum(map(len, line["tokens"])) for line in shown)))
-    largest = max(abs(c) for line in shown for c in line["covariance"])
+    largest = max(abs(c) for line in shown for c in line["covariance"]) or 1
     blue = lambda H: colormaps["Blues"](0.7 * min(H / 1.5, 1))
     orange = lambda c: colormaps["PuOr_r"](0.5 + 0.3 * math.copysign(math.sqrt(abs(c) / largest), c))
     figure, y = Figure(layout="constrained"), 0
     axis = figure.subplots()
-    axis.set_title("Entropy sits at the forks; covariance at rare tokens of wrong answers")
+    axis.set_title("Where entropy sits, and where covariance")
     axis.axis("off")
     for line in shown:
         question = line["prompt"].rpartition("user\n")[2].split("<|")[0].replace("\n", " ")[:100]

@@ -142,7 +142,7 @@ def last_tenth(x):
 
 
 def course(steps):
-    """What a run began and ended with: entropy, reward and held-out accuracy; and its covariance."""
+    """Means over the first and last tenth of entropy, reward and accuracies; how often covariance is > 0."""
     found = {}
     for key in ("entropy", "reward", "accuracy", "accuracy_sampled"):
         known = torch.tensor([s[key] for s in steps if s.get(key) is not None], dtype=torch.float64)
@@ -156,7 +156,8 @@ def course(steps):
 
 
 def above(rows, law, curves):
-    """Mean over runs of R + a exp(H) - b, with its interval. The bootstrap draws the runs and the curve.
+    """Mean over runs of R + a exp(H) - b, with its interval. The bootstrap draws the runs and the curve; of a
+    single run only the curve.
 
     rows (runs, 2): R and exp(H) of each run, both means over steps, for the law is linear in exp(H).
     """
@@ -205,7 +206,7 @@ def tables(found):
         runs.append([run, *(f"{x:.3f}" for x in w["entropy"]), number(ratio),
                      *(" to ".join(f"{x:.1%}" for x in w.get(key, [])) or "-"
                        for key in ("reward", "accuracy", "accuracy_sampled")),
-                     f"{w['covariance above 0'] or 0:.0%}"])  # fmt: skip
+                     number(w["covariance above 0"])])  # fmt: skip
     for run, w in found["fits"].items():
         values = [number(w[key], w["interval"][key]) for key in ("a", "ceiling")]
         fits.append([run, number(w["b"]), *values, *map(number, w["r2"].values())])
@@ -248,7 +249,7 @@ def draw(groups, fitted):
                 axis.plot(x, law.b - law.a * x, color=colour, linewidth=4, label=name, zorder=3)
                 axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
         axis.set(ylim=(0, 1), xlabel="exp(H), H = policy entropy, nats per token; training goes to the left",
-                 ylabel=f"R, means of {WIDTH} steps", title="Accuracy against entropy")  # fmt: skip
+                 ylabel=f"R, means of {WIDTH} steps", title="Accuracy against entropy: the law")  # fmt: skip
         axis.legend()
     return figure
 

@@ -18,7 +18,7 @@ data/ one JSON line for each learning rate or step:
     moved      how far the logits went: root mean square of the standard deviation, under pi, of z' - z
     points     [predicted, measured] dH of some states
     dH         mean over the states, nats: of the update, or with --follow of the whole step
-    bf16       share of the weights that the update changes if they are rounded to bf16
+    bf16       share of the weights that the update changes if they are rounded to bf16; not with --follow
 
 With --follow, `covariance` is that of the step's tokens. There the advantage stands in the place of z' - z,
 so its unit is another one, and it is compared with -dH by correlation.

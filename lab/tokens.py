@@ -3,8 +3,9 @@
     python -m lab.tokens --out DIR -- --model DIR_OR_HUB_ID --data gsm8k [other options of train.py]
 
 The problems are those of the first step of train.py with these options, --prompts of them with --samples
-completions each. Their log-probs and entropies are computed in fp32; then, of the first COMPARED completions,
-also as an update with --precision bf16 computes them, and by the bf16 copy that would sample.
+completions each. Advantages are GRPO's. Log-probs and entropies are computed in fp32; of the first COMPARED
+completions also as an update with --precision bf16 computes them, and by the bf16 copy that would sample. A
+token is rare if its log-prob is below the mean.
 
 Written to DIR: tokens.md and tokens.png; data/tokens.json, what they show; completions.png and
 completions.html, some of the completions token by token.
@@ -40,12 +41,13 @@ RATIOS = 2e-3, 2e-2  # of KL-Cov: published, and this repository's default
 def rollout_batch(policy, problems, o):
     """The rollout batch as one mini-batch, scored in fp32, and what a method is given of it."""
     _, lap = checkpoint.stopwatch("sample", "reward")
+    o = argparse.Namespace(**vars(o) | {"filter_groups": False, "mini_batch": o.prompts})
     groups, _ = train.collect(policy, train.problems_of_step(problems, 0, o), 1, o, lap)
     rewards = torch.tensor([group.rewards for group in groups])
     if not (rewards.amax(1) > rewards.amin(1)).any():
         raise UserError("no group has different rewards, so there is no covariance; take more --prompts")
     advantages = losses.group_advantages(rewards)
-    o.precision, o.mini_batch = "fp32", len(groups)
+    o.precision = "fp32"
     (batch,) = train.mini_batches(policy, groups, advantages, o)
     t = losses.Tokens(batch.old_logp, batch.old_logp, batch.advantages, batch.mask, batch.entropy)
     return batch, t, rewards
@@ -92,10 +94,10 @@ def by_accuracy(t, rewards):
 def rounding(policy, batch, t, o):
     """What bf16 changes, against fp32: {way: figures} for the update's arithmetic and for the copy's."""
     few = SimpleNamespace(prompts=batch.prompts[:COMPARED], completions=batch.completions[:COMPARED])
-    copy = train.sampling_copy(policy.model, SimpleNamespace(precision="bf16"))
-    low, found = argparse.Namespace(**vars(o) | {"precision": "bf16"}), {}
-    for way, model, how in (("update", policy.model, low), ("sampler", copy, o)):
-        logp, H = parallel.score(model, few, 1.0, how)
+    high, low = (argparse.Namespace(**vars(o) | {"precision": name}) for name in ("fp32", "bf16"))
+    found, copy = {}, train.sampling_copy(policy.model, low)
+    for way, model, how in (("update", policy.model, low), ("sampler", copy, high)):
+        logp, H = parallel.score(model, few, o.temperature, how)
         mask = t.mask[:COMPARED, : logp.shape[1]]
         exact = [x[:COMPARED, : logp.shape[1]] for x in (t.logp, t.entropy, t.advantages)]
         found[way] = {}
@@ -105,7 +107,7 @@ def rounding(policy, batch, t, o):
         for ratio in RATIOS:
             ours, theirs = (select_kl_cov(losses.token_covariance(x, exact[2], mask), mask, ratio)
                             for x in (logp, exact[0]))  # fmt: skip
-            found[way][f"changed {ratio:g}"] = 1 - ((ours & theirs).sum() / theirs.sum().clamp(min=1)).item()
+            found[way][f"changed {ratio:g}"] = [int((theirs & ~ours).sum()), int(theirs.sum())]
     return found
 
 
@@ -131,8 +133,9 @@ def tables(found):
     text += f"\nbf16 against fp32, absolute differences, {COMPARED} completions:\n\n"
     text += markdown(["", "mean", "99th percentile", "largest"], rows)
     for ratio in RATIOS:
-        changed = ", ".join(f"{d[f'changed {ratio:g}']:.1%} ({way})" for way, d in found["bf16"].items())
-        text += f"\nOf KL-Cov's choice with k = {ratio:g} other tokens: {changed}.\n"
+        changed = [f"{n} of {of} ({way})" for way, d in found["bf16"].items()
+                   for n, of in [d[f"changed {ratio:g}"]]]  # fmt: skip
+        text += f"\nOf KL-Cov's choice with k = {ratio:g} other tokens: {', '.join(changed)}.\n"
     return text
 
 
@@ -143,13 +146,13 @@ def draw(found):
     left.loglog(list(SHARES), list(found["shares"].values()), "o-", color="#D55E00", label="here")
     left.loglog(list(SHARES), list(SHARES.values()), "s--", color="#0072B2", label="Qwen2.5-7B, published")
     left.set(xlabel="share of the tokens, highest covariance first", ylabel="their mean covariance")
-    left.set_title("A few tokens hold the covariance")
+    left.set_title("How few tokens hold the covariance")
     left.legend()
     sums = {name.replace(", ", ",\n"): total for name, (total, _) in found["kinds"].items()}
     right.bar(list(sums), list(sums.values()), color=["#999999"] * 3 + ["#D55E00"])
     right.axhline(0, color="black")
     right.set(ylabel="sum of Cov(y_i) over the rollout batch")
-    right.set_title("Which tokens drive the entropy down")
+    right.set_title("Above 0: the entropy falls")
     return figure
 
 
@@ -160,7 +163,7 @@ def main():
     parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of train.py")
     own = parser.parse_args()
     out = Path(own.out)
-    o = options.options(["--method", "grpo", *own.options, "--out", str(out / "unused")])
+    o = options.options(["--method", "grpo", *own.options, "--mini-batch", "1", "--out", str(out / "unused")])
     try:
         policy, problems, _ = train.load(o)
         batch, t, rewards = rollout_batch(policy, problems, o)
@@ -188,7 +191,8 @@ def main():
             report(out, "tokens", head + tables(found), found, draw(found))
             draw_tokens(samples).savefig(out / "completions.png", dpi=100)
         config = vars(o) | {"method": f"KL-Cov's choice with k = {RATIOS[0]}"}
-        (out / "completions.html").write_text(page(config, samples), encoding="utf-8")
+        picture = (out / "tokens.png").read_bytes()
+        (out / "completions.html").write_text(page(config, samples, picture), encoding="utf-8")
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.tokens: error: {error}\n")
 

@@ -39,6 +39,7 @@ def test_the_figures_fit_together(out):
     for figures in found["bf16"].values():  # rounding to 8 bits shows, and is no other computation
         mean, high, largest = figures["logp"]
         assert 0 < mean < high <= largest < 2 and mean < 0.02
+        assert figures["changed 0.02"][0] <= figures["changed 0.02"][1] > 5
 
 
 def test_tables_pictures_and_page_are_written(out):
