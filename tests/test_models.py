@@ -14,7 +14,7 @@ from data import encode_prompts
 from rollout import TINY, load_policy, sample
 
 MODELS = os.environ.get("MODELS", TINY).split()
-QUESTIONS = ["1+2=", "What is 7 x 8?", "Name three prime numbers below 30, in falling order, and add them up."]
+QUESTIONS = ["1+2=", "What is 7 x 8?", "Name three primes below 30, in falling order, and add them up."]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -39,7 +39,8 @@ def test_log_probs_and_entropies_are_those_of_a_plain_forward_pass_of_each_row(l
         n = len(completion)
         chosen = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0]
         torch.testing.assert_close(logp[i, :n].double(), chosen, atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(H[i, :n].double(), -(expected.exp() * expected).sum(-1), atol=2e-3, rtol=1e-3)
+        plain_entropy = -(expected.exp() * expected).sum(-1)
+        torch.testing.assert_close(H[i, :n].double(), plain_entropy, atol=2e-3, rtol=1e-3)
         assert not logp[i, n:].any() and not H[i, n:].any()
 
 
