@@ -48,11 +48,17 @@ def problems(count, rng, low, high):
     """`count` different problems (expression, answer): numbers from low to high, after x from 2 to 9."""
     found = {}
     while len(found) < count:
-        expression = str(rng.randint(low, high))
+        first = rng.randint(low, high)
+        expression, total, product = str(first), 0, first  # the value is total + product
         for _ in range(2):
             operator = rng.choice("+-x")
-            expression += f" {operator} {rng.randint(2, 9) if operator == 'x' else rng.randint(low, high)}"
-        found[expression] = str(eval(expression.replace("x", "*")))
+            number = rng.randint(2, 9) if operator == "x" else rng.randint(low, high)
+            expression += f" {operator} {number}"
+            if operator == "x":
+                product *= number
+            else:
+                total, product = total + product, number if operator == "+" else -number
+        found[expression] = str(total + product)
     return list(found.items())
 
 
