@@ -62,12 +62,12 @@ def concentration(t):
 
 
 def kinds(t):
-    """Sums of covariance and numbers of tokens: {(likely, right): (sum, count)}, where A is not 0."""
+    """Sums of covariance and numbers of tokens where A is not 0: {"likely, right": (sum, count), ...}."""
     likely, found = t.logp >= t.logp[t.mask].mean(), {}
-    for a in (True, False):
-        for right in (True, False):
-            of = t.mask & (likely == a) & ((t.advantages > 0) if right else (t.advantages < 0))
-            found[a, right] = (t.covariance[of].sum().item(), int(of.sum()))
+    for name, probable in (("likely", likely), ("rare", ~likely)):
+        for answer, signed in (("right", t.advantages > 0), ("wrong", t.advantages < 0)):
+            of = t.mask & probable & signed
+            found[f"{name}, {answer}"] = (t.covariance[of].sum().item(), int(of.sum()))
     return found
 
 
@@ -174,8 +174,7 @@ def main():
             "right": rewards.mean().item(), "length": lengths.float().mean().item(),
             "truncated": sum(c[-1] not in policy.eos_ids for c in batch.completions) / len(lengths),
             "entropy": t.entropy[t.mask].mean().item(), "shares": shares, "entropy in the top fifth": fifth,
-            "kinds": {f"{'likely' if a else 'rare'}, {'right' if b else 'wrong'}": v
-                      for (a, b), v in kinds(t).items()},
+            "kinds": kinds(t),
             "by accuracy": by_accuracy(t, rewards),
             "words by entropy": words(batch, t.entropy, policy.tokenizer),
             "words by covariance": words(batch, t.covariance, policy.tokenizer),
