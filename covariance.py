@@ -125,15 +125,27 @@ def embedded_rollouts():
     return logp, advantages.view(-1, 1) * mask, mask
 
 
+def kinds(cov, logp, advantages, mask):
+    """Sum of Cov(y_i) and number of tokens: {"likely, right": (sum, count), ...}, four kinds.
+
+    cov, logp, advantages, mask: (B, T). Likely: log-prob at least its mean. Right: A > 0; wrong: A < 0.
+    """
+    likely, found = logp >= logp[mask].mean(), {}
+    for name, probable in (("likely", likely), ("rare", ~likely)):
+        for answer, signed in (("right", advantages > 0), ("wrong", advantages < 0)):
+            of = mask & probable & signed
+            found[f"{name}, {answer}"] = (cov[of].sum().item(), int(of.sum()))
+    return found
+
+
 def carriers(logp, advantages, mask):
-    """Prints and returns the sums of Cov(y_i) by likely or rare, right or wrong: {(likely, right): sum}."""
+    """Prints who carries the covariance, and returns its `kinds`."""
     cov = token_covariance(logp, advantages, mask)
-    likely, right = logp >= logp[mask].mean(), advantages > 0
-    sums = {(a, b): cov[mask & (likely == a) & (right == b)].sum().item() for a in (True, False)
-            for b in (True, False)}  # fmt: skip
+    found = kinds(cov, logp, advantages, mask)
     print(f"\n{'sum of Cov(y_i)':20} {'right answers':>15} {'wrong answers':>15}")
-    for a, name in ((True, "likely tokens"), (False, "rare tokens")):
-        print(f"{name:20} {sums[a, True]:+15.0f} {sums[a, False]:+15.0f}")
+    for name in ("likely", "rare"):
+        sums = [found[f"{name}, {answer}"][0] for answer in ("right", "wrong")]
+        print(f"{name + ' tokens':20} {sums[0]:+15.0f} {sums[1]:+15.0f}")
     selected = select_kl_cov(cov, mask, 0.01)
     print(f"The top 1% of the tokens hold {cov[selected].sum() / cov.sum():.0%} of the net sum, "
           f"{cov.sum():.0f}. Their median probability\nis {logp[selected].exp().median():.2f}, and "
@@ -144,10 +156,10 @@ def carriers(logp, advantages, mask):
     share = [f"{hard[tokens].float().mean():.0%}" for tokens in (selected, rarest)]
     print(f"From hard groups (1 or 2 of 8 right) come {share[0]} of them. Of as many tokens, chosen as the\n"
           f"rarest of wrong answers, {share[1]} do: there |A| is small, and with it the covariance.")
-    return sums
+    return found
 
 
-def draw(rows, sums, file):
+def draw(rows, found, file):
     """Left: predicted and measured dH. Right: who carries the covariance."""
     from matplotlib.figure import Figure
 
@@ -161,10 +173,8 @@ def draw(rows, sums, file):
     left.set(xlabel="step eta", ylabel="change of entropy, nats")
     left.set_title("Rewarding the likely lowers the entropy\n(dotted: predicted by the covariance)")
     left.legend(frameon=False)
-    names = {(True, True): "likely,\nright", (True, False): "likely,\nwrong", (False, True): "rare,\nright",
-             (False, False): "rare,\nwrong"}  # fmt: skip
-    colours = ["#D55E00" if key == (False, False) else "#999999" for key in sums]
-    right.bar([names[key] for key in sums], list(sums.values()), color=colours)
+    names = [name.replace(", ", ",\n") for name in found]
+    right.bar(names, [total for total, _ in found.values()], color=["#999999"] * 3 + ["#D55E00"])
     right.axhline(0, color="black")
     right.set(ylabel="sum of Cov(y_i) over a rollout batch")
     right.set_title("Here rare tokens of wrong answers\ndrive the entropy down")
@@ -181,10 +191,10 @@ def main():
     rows = theorem()
     print("\nLikely: entropy falls. Rare: it rises. For small steps, half the step: a quarter of the error.")
     print("\n2. The first rollout batch of the embedded policy")
-    sums = carriers(*embedded_rollouts())
+    found = carriers(*embedded_rollouts())
     try:
         with rc_context(STYLE):
-            draw(rows, sums, o.out)
+            draw(rows, found, o.out)
     except OSError as error:
         parser.exit(2, f"covariance.py: error: argument --out: {o.out}: {error.strerror}\n")
     print(f"{o.out}: the entropy falls mostly because rare tokens of wrong answers die out.")

@@ -26,7 +26,7 @@ import options
 import parallel
 import plot
 import train
-from covariance import select_kl_cov
+from covariance import kinds, select_kl_cov
 from data import UserError
 from lab.figures import draw_tokens
 from lab.law import markdown, report
@@ -59,16 +59,6 @@ def concentration(t):
     H = t.entropy[t.mask].sort(descending=True).values
     shares = {share: cov[: max(1, int(share * len(cov)))].mean().item() for share in SHARES}
     return shares, (H[: len(H) // 5].sum() / H.sum()).item()
-
-
-def kinds(t):
-    """Sums of covariance and numbers of tokens where A is not 0: {"likely, right": (sum, count), ...}."""
-    likely, found = t.logp >= t.logp[t.mask].mean(), {}
-    for name, probable in (("likely", likely), ("rare", ~likely)):
-        for answer, signed in (("right", t.advantages > 0), ("wrong", t.advantages < 0)):
-            of = t.mask & probable & signed
-            found[f"{name}, {answer}"] = (t.covariance[of].sum().item(), int(of.sum()))
-    return found
 
 
 def words(batch, values, tokenizer):
@@ -174,7 +164,7 @@ def main():
             "right": rewards.mean().item(), "length": lengths.float().mean().item(),
             "truncated": sum(c[-1] not in policy.eos_ids for c in batch.completions) / len(lengths),
             "entropy": t.entropy[t.mask].mean().item(), "shares": shares, "entropy in the top fifth": fifth,
-            "kinds": kinds(t),
+            "kinds": kinds(t.covariance, t.logp, t.advantages, t.mask),
             "by accuracy": by_accuracy(t, rewards),
             "words by entropy": words(batch, t.entropy, policy.tokenizer),
             "words by covariance": words(batch, t.covariance, policy.tokenizer),
