@@ -46,8 +46,8 @@ IMMATERIAL = {  # options in which seeds of one experiment may differ
 }
 STYLE = {
     "font.size": 18, "axes.titlesize": 22, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.grid": True, "grid.color": "#DDDDDD", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False,
+    "axes.grid": True, "grid.color": "#DDDDDD", "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False,
 }
 
 # ---------------------------------------------------------------- reading
@@ -79,15 +79,18 @@ def colours(methods):
     return COLOURS | {method: FURTHER[i % len(FURTHER)] for i, method in enumerate(others)}
 
 
+def label(config, configs):
+    """The method of a run, with the options in which runs of this method differ beyond their seeds."""
+    kin = [other for other in configs if other["method"] == config["method"]]
+    differ = [k for k in config if k not in IMMATERIAL and any(c.get(k, config[k]) != config[k] for c in kin)]
+    return ", ".join([config["method"], *(f"{k} {config[k]}" for k in differ)])
+
+
 def experiments(runs):
     """Which runs are seeds of what: {(method, label): [steps, ...]}, in the order of the colours."""
-    found = {}
+    found, configs = {}, [config for config, _ in runs]
     for config, steps in runs:
-        kin = [other for other, _ in runs if other["method"] == config["method"]]
-        material = [k for k in config if k not in IMMATERIAL]
-        differ = [k for k in material if any(other.get(k, config[k]) != config[k] for other in kin)]
-        label = ", ".join([config["method"], *(f"{k} {config[k]}" for k in differ)])
-        found.setdefault((config["method"], label), []).append(steps)
+        found.setdefault((config["method"], label(config, configs)), []).append(steps)
     order = list(colours(method for method, _ in found))
     return dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
 

@@ -265,13 +265,13 @@ def main():
     found = {"of": o.of, "runs": {}, "baseline": None, "fits": {}, "forecasts": {}, "above": {}}
     groups, baseline = {}, []
     try:
-        for run in [*o.against, *o.runs]:
-            config, steps = plot.read_run(run)
+        read = {run: plot.read_run(run) for run in [*o.against, *o.runs]}
+        for run, (config, steps) in read.items():
             H, R = points(steps, o.of, run)
             found["runs"][run] = course(steps)
             found["fits"][run] = fit([(H, R)])
             found["forecasts"][run] = [*(forecast(H, R, part) for part in EARLY), last_tenth(R).mean().item()]
-            label = config["method"]
+            label = plot.label(config, [other for other, _ in read.values()])
             if run in o.against:
                 label += ", baseline"
                 baseline.append((H, R))

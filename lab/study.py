@@ -81,7 +81,7 @@ def annealed(method):
     return Row(f"{method}, annealed", method, ANNEALED)
 
 
-STUDIES = {  # name: (seeds, none of which served for tuning; rows, of which the first is the baseline)
+STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
     "annealing": (range(61, 69), [*map(annealed, COV)]),
     "controls": (range(61, 65), [*map(annealed, [*COV, *(c for c in CONTROLS if "kl_cov" in c)])]),
     "rivals": (range(61, 63), [*map(annealed, [*COV, "entropy_bonus", *NEWER]),

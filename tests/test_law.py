@@ -105,9 +105,9 @@ def test_only_entropies_that_the_baseline_has_count_at_equal_entropy():
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, steps, method="grpo"):
+    def make(name, steps, method="grpo", beta=3.0):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"method": method}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"method": method, "kl_cov_beta": beta}))
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
         return tmp_path / name
 
@@ -120,16 +120,19 @@ def command(*arguments):
 
 
 def test_the_command_writes_table_figures_and_picture_of_runs_against_a_baseline(make_run, tmp_path):
+    """Runs of a method whose options differ are not taken for seeds of one experiment."""
     baseline = [make_run(f"g{seed}", series(seed=seed)) for seed in (1, 2)]
     runs = [make_run(f"k{seed}", series(seed=seed, b=B + 0.1), "kl_cov") for seed in (3, 4)]
+    runs.append(make_run("k5", series(seed=5), "kl_cov", 1.0))
     done = command(*runs, "--against", *baseline, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "data" / "law.json").read_text())
-    assert found["above"]["kl_cov"]["equal H"]["mean"] == pytest.approx(0.1, abs=0.02)
+    for label, shift in (("kl_cov, kl_cov_beta 3.0", 0.1), ("kl_cov, kl_cov_beta 1.0", 0)):
+        assert found["above"][label]["equal H"]["mean"] == pytest.approx(shift, abs=0.02)
     each = {str(run) for run in [*runs, *baseline]}
-    assert set(found["fits"]) == each | {"all of kl_cov", "all of grpo, baseline"}
+    assert set(found["fits"]) == each | {"all of kl_cov, kl_cov_beta 3.0", "all of grpo, baseline"}
     text = (tmp_path / "out" / "law.md").read_text()
-    assert "| kl_cov | 2 | 0.1" in text and text in done.stdout
+    assert "| kl_cov, kl_cov_beta 3.0 | 2 | 0.1" in text and text in done.stdout
     assert imread(tmp_path / "out" / "law.png").std() > 0.01
 
 
