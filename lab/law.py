@@ -233,13 +233,14 @@ def draw(groups, fitted):
     """
     with rc_context(plot.STYLE):
         figure = Figure(figsize=(12, 8), layout="constrained")
-        axis = figure.subplots()
-        for label, runs in groups.items():
-            colour = plot.COLOURS.get(label.split(",")[0], "#888888")
+        axis, methods = figure.subplots(), [label.split(",")[0] for label in groups]
+        for i, (label, runs) in enumerate(groups.items()):
+            colour = plot.COLOURS.get(methods[i], "#888888")
+            marker = "o^sD"[methods[:i].count(methods[i]) % 4]  # variants of a method differ in it
             H, R = pool(runs)
             x, means = block_means([H.exp() for H, _ in runs]), block_means([R for _, R in runs])
             axis.plot(H.exp(), R, ".", color=colour, alpha=0.12, markersize=4)
-            axis.plot(x, means, "o", color=colour, alpha=0.5, markersize=6, label=label)
+            axis.plot(x, means, marker, color=colour, alpha=0.5, markersize=6, label=label)
             if label in fitted:
                 law, (a, b) = fit_law(H, R), resample(runs)
                 x = torch.linspace(H.min().exp(), H.max().exp(), 100, dtype=torch.float64)
