@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--out", default="figures/covariance.png", metavar="FILE")
     o = parser.parse_args()
     rows = theorem()
-    print("\nLikely: entropy falls. Rare: it rises. Of a small step, half leaves about a quarter of the error.")
+    print("\nLikely: entropy falls. Rare: it rises. Half of a small step leaves about 1/4 of the error.")
     print("\n2. The first rollout batch of the embedded policy")
     found = carriers(*embedded_rollouts())
     try:
