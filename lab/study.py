@@ -4,7 +4,7 @@
     python -m lab.study rivals           newer methods so, and GRPO with one update a rollout batch
     python -m lab.study controls         the penalty of KL-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
-    python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength, as published
+    python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength
     python -m lab.study methods          every method so; `estimators`: every estimator of the advantage
     python -m lab.study shares           starting policies in which the right strategy is rarer or more common
     python -m lab.study NAME --table     no runs: tables and picture again, from data/NAME.json
