@@ -4,6 +4,8 @@
     ..._rare_wrong                       at random among rare tokens (log p below its mean) with A < 0
     ..._rarest_wrong                     the rarest tokens with A < 0
     ..._right                            at random among tokens with A > 0
+    kl_cov_high, clip_cov_highest        each with the other's choice: at random among tokens whose covariance
+                                         is above --cov-low, and the highest
 
     python -m lab.controls --method kl_cov_random      with the other options of train.py; for those of
                                                        clip_cov also --clip-low 1 --clip-high 1
@@ -19,7 +21,7 @@ import train
 from covariance import top
 
 
-def choices(t):
+def choices(t, o):
     """{name: (score (B, T), candidates (B, T))}: the candidates of highest score are taken."""
     noise = torch.rand(t.logp.shape, generator=t.generator).to(t.logp.device)
     logp, wrong = t.logp.detach(), t.mask & (t.advantages < 0)
@@ -28,6 +30,8 @@ def choices(t):
         "rare_wrong": (noise, wrong & (logp < logp[t.mask].mean())),
         "rarest_wrong": (-logp, wrong),
         "right": (noise, t.mask & (t.advantages > 0)),
+        "high": (noise, t.mask & (t.covariance > o.cov_low)),
+        "highest": (t.covariance, t.mask & (t.covariance > 0)),
     }
 
 
@@ -35,7 +39,7 @@ def control(method, name):
     """The method, told that the covariance is high at the control's tokens and 0 elsewhere."""
 
     def controlled(t, o):
-        score, candidates = choices(t)[name]
+        score, candidates = choices(t, o)[name]
         count = min(int(method(t, o).selected.sum()), int(candidates.sum()))
         chosen = top(score.masked_fill(~candidates, -torch.inf), count)
         told = copy.copy(t)  # t itself is logged as it is
@@ -45,10 +49,11 @@ def control(method, name):
     return controlled
 
 
+KINDS = ("random", "rare_wrong", "rarest_wrong", "right")
 CONTROLS = {
     f"{method}_{name}": control(losses.METHODS[method], name)
-    for method in ("kl_cov", "clip_cov")
-    for name in ("random", "rare_wrong", "rarest_wrong", "right")
+    for method, kinds in {"kl_cov": (*KINDS, "high"), "clip_cov": (*KINDS, "highest")}.items()
+    for name in kinds
 }
 
 

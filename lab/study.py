@@ -2,7 +2,7 @@
 
     python -m lab.study annealing        GRPO, Clip-Cov and KL-Cov as by default: their strength falls to 0
     python -m lab.study rivals           newer methods so, and GRPO with one update a rollout batch
-    python -m lab.study controls         the penalty of KL-Cov on other tokens: see lab/controls.py
+    python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength
     python -m lab.study methods          every method so; `estimators`: every estimator of the advantage
@@ -82,9 +82,9 @@ def annealed(method):
 
 
 STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
-    "annealing": (range(61, 69), [*map(annealed, COV)]),
-    "controls": (range(61, 65), [*map(annealed, [*COV, *(c for c in CONTROLS if "kl_cov" in c)])]),
-    "rivals": (range(61, 63), [*map(annealed, [*COV, "entropy_bonus", *NEWER]),
+    "annealing": (range(61, 77), [*map(annealed, COV)]),
+    "controls": (range(61, 69), [*map(annealed, [*COV, *CONTROLS])]),
+    "rivals": (range(61, 69), [*map(annealed, [*COV, "entropy_bonus", *NEWER]),
                                Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")]),
     "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")

@@ -20,10 +20,12 @@ def test_a_control_acts_on_as_many_tokens_of_its_own_kind(name, monkeypatch):
     assert chosen.sum() == own.selected.sum() > 1 and not torch.equal(chosen, own.selected)
     logp = t.logp.detach()
     rare = logp < logp[t.mask].mean()
-    among = {"random": t.mask, "rare_wrong": wrong & rare, "right": t.mask & (t.advantages > 0)}
-    if kind == "rarest_wrong":
-        ranked = sorted(places(wrong), key=lambda at: logp[at].item())
-        assert places(chosen) == set(ranked[: int(chosen.sum())])
+    among = {"random": t.mask, "rare_wrong": wrong & rare, "right": t.mask & (t.advantages > 0),
+             "high": t.covariance > o.cov_low}  # fmt: skip
+    ranked = {"rarest_wrong": sorted(places(wrong), key=lambda at: logp[at].item()),
+              "highest": sorted(places(t.mask), key=lambda at: -t.covariance[at].item())}  # fmt: skip
+    if kind in ranked:
+        assert places(chosen) == set(ranked[kind][: int(chosen.sum())])
     else:
         assert (chosen <= among[kind]).all()
     acts = other.token_loss - losses.METHODS[method](t, o).token_loss
