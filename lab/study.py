@@ -200,6 +200,9 @@ def measure(run_dir, baseline=None):
                "sampled": final["accuracy_sampled"], "pass@32": final["pass_at"]["32"]}  # fmt: skip
     late = [line for line in samples if line["step"] > len(steps) / 2]
     figures["rare wrong"], figures["|A| there"] = rare_wrong(late)
+    chosen = [line["advantage"][i] > 0 for line in samples if line not in late for i in line["selected"]]
+    figures["acted on"] = fmean(line["selected"] or 0 for line in steps[: len(steps) // 2])
+    figures["of right answers"] = fmean(chosen) if chosen else None
     baseline = baseline or figures
     if (start := baseline["fell"]) is not None:
         figures["window"] = fmean(entropy[start : start + WINDOW])
@@ -280,7 +283,7 @@ def tables(found):
                           mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}"),
                           mean(row, "rare wrong", "{:.2%}")])  # fmt: skip
     seeds = " ".join(str(run["seed"]) for run in found["rows"][0]["runs"])
-    return "\n".join([
+    text = [
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
         f"Seeds: {seeds}\n",
         markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
@@ -288,13 +291,28 @@ def tables(found):
                   "sampled", "pass@32"], accuracies),
         markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
                   "in the top fifth", "rare and wrong, late"], entropies),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return "\n".join(text + compare_controls(found["rows"]))
 
 
-def colour_of(row):
-    """The colour of a row: that of its method if it is one of the paper's, or grey."""
+def compare_controls(rows):
+    """A table of methods and their controls, in a list that is empty if there are none."""
+    is_control_of = lambda row, other: row["method"].startswith(other["method"] + "_")
+    table = []
+    for row in rows:
+        method = next((other for other in rows if is_control_of(row, other)), row)
+        if method is not row or any(is_control_of(other, row) for other in rows):
+            table.append([row["name"], mean(row, "acted on", "{:.2%}"),
+                          mean(row, "of right answers", "{:.0%}"), gain(row, method)])  # fmt: skip
+    head = ["first half", "tokens acted on", "of right answers", "above its method, points [95%]"]
+    return [markdown(head, table)] if table else []
+
+
+def look_of(row):
+    """The colour of the paper's method that a row is or varies, hollow if it varies one; grey for others."""
     name = row["name"].removesuffix(", annealed")
-    return plot.COLOURS[name] if name in COV else "#999999"
+    own = next((method for method in COV if name.startswith(method)), None)
+    return {"color": plot.COLOURS.get(own, "#999999"), "fillstyle": "full" if own in (name, None) else "none"}
 
 
 def accuracy_axis(axis, title, label, percent=None):
@@ -318,10 +336,10 @@ def draw_curves(found):
         for axis, key in ((left, "entropy"), (right, "accuracy")):
             curves = [run[f"curve of {key}"] for run in row["runs"]]
             for curve in curves:
-                axis.plot(*zip(*curve), color=colour_of(row), alpha=0.25)
+                axis.plot(*zip(*curve), **look_of(row), alpha=0.25)
             steps = [step for step, _ in curves[0]]
             middle = [median(value for _, value in points) for points in zip(*curves)]
-            axis.plot(steps, middle, color=colour_of(row), linewidth=4, label=row["name"])
+            axis.plot(steps, middle, **look_of(row), linewidth=4, label=row["name"])
     start = found["bases"]["tiny"]
     for value, text in ((start["greedy"], "the habit"), (start["pass@32"], "pass@32 at the start")):
         right.axhline(value, color="#777777", linestyle="--", linewidth=2)
@@ -338,23 +356,24 @@ def draw_final(found):
     """Final accuracies, a dot per run and a bar for the median; median accuracy against median entropy."""
     figure = Figure(figsize=(16, 3 + 0.55 * len(found["rows"])), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [row["name"].removesuffix(", annealed") for row in found["rows"]]
-    for i, row in enumerate(found["rows"]):
-        greedy, look = known(row, "accuracy"), {"color": colour_of(row)}
-        left.plot(greedy, [i] * len(greedy), "o", alpha=0.6, **look)
+    start, names = found["bases"]["tiny"]["greedy"], []
+    low = min(x for row in found["rows"] for x in [start, *known(row, "accuracy")]) - 0.04
+    for i, row in enumerate(found["rows"], 1):
+        greedy, look = known(row, "accuracy"), look_of(row)
+        names.append(f"{row['name'].removesuffix(', annealed')}  {i}")
+        left.plot(greedy, [i] * len(greedy), "o", alpha=0.6, markeredgewidth=2, **look)
         left.plot([median(greedy)] * 2, [i - 0.3, i + 0.3], linewidth=4, **look)
         if entropy := known(row, "window"):
             at = median(entropy), median(greedy)
-            right.plot(*at, "o", markersize=14, **look)
-            right.annotate(names[i], at, (8, 8), textcoords="offset points", fontsize=13)
-    start = found["bases"]["tiny"]["greedy"]
+            right.plot(*at, "o", markersize=14, markeredgewidth=2, **look)
+            right.annotate(i, at, (9, 4), textcoords="offset points", fontsize=15)
     left.axvline(start, color="#777777", linestyle="--", linewidth=2)
-    left.set_yticks(range(len(names)), names)
+    left.set_yticks(range(1, len(names) + 1), names)
     accuracy_axis(left, "Accuracy of every run", "", left.xaxis)
     accuracy_axis(right, "Entropy and accuracy", "median accuracy, greedy")
     left.set(xlabel="greedy, on held-out problems; dashed: the start")
-    left.set(xlim=(0, 1.03), ylim=(len(names) - 0.5, -0.5))
-    right.set(xscale="log", xlabel="median entropy in the window, nats per token", ylim=(0, 1.06))
+    left.set(xlim=(low, 1.03), ylim=(len(names) + 0.5, 0.5))
+    right.set(xscale="log", xlabel="median entropy in the window, nats per token", ylim=(low, 1.03))
     plain_numbers(right.xaxis)
     return figure
 

@@ -120,13 +120,17 @@ def test_the_table_shows_every_seed_with_mean_and_median():
         return {"seed": seed, "accuracy": accuracy, "sampled": 0.5, "pass@32": None, "first": 0.2,
                 "window": 0.1, "ratio": 2.0, "last": 0.05, "fell": fell, "top fifth": 0.9}  # fmt: skip
 
-    row = {"name": "grpo", "base": "tiny", "runs": [run(1, 0.5, 9), run(2, 0.52, None), run(3, 1.0, 19)]}
-    other = {"name": "kl_cov", "base": "tiny", "runs": [run(1, 0.7, 9), run(3, 1.0, 19)]}
+    row = {"name": "grpo", "method": "grpo", "base": "tiny",
+           "runs": [run(1, 0.5, 9), run(2, 0.52, None), run(3, 1.0, 19)]}  # fmt: skip
+    other = {"name": "kl_cov", "method": "kl_cov", "base": "tiny", "runs": [run(1, 0.7, 9), run(3, 1.0, 19)]}
+    control = {"name": "c", "method": "kl_cov_random", "base": "tiny",
+               "runs": [run(1, 0.6, 9) | {"acted on": 0.02, "of right answers": 0.25}]}  # fmt: skip
     bases = {"tiny": {"share": 0.0015, "greedy": 0.5, "sampled": 0.25, "pass@32": 0.9}}
-    text = study.tables({"study": "s", "bases": bases, "rows": [row, other]})
+    text = study.tables({"study": "s", "bases": bases, "rows": [row, other, control]})
     assert "Seeds: 1 2 3\n" in text and "| tiny | 0.15% | 50.00% | 25.00% | 90.00% |" in text
     assert "| grpo | 50 52 100 | 67.3% | 52.0% | - | 50.0% | - |" in text
     assert "| kl_cov | 70 100 | 85.0% | 85.0% | +10 [+0, +20] | 50.0% | - |" in text
+    assert "| kl_cov | - | - | - |\n| c | 2.00% | 25% | -10 [-10, -10] |\n" in text
     assert "| grpo | 0.200 | 0.100 | 0.050 | 2.0 | 2 of 3, step 15 | 90% | - |" in text
 
 
