@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, subprocess_of
+from conftest import subprocess_of
 from safetensors.torch import load_file
 
 import data
@@ -596,19 +596,6 @@ def test_a_policy_that_has_become_nan_stops_the_run_with_one_line(main, tmp_path
     assert status == 1 and "--lr 1e+38" in last and "not finite" in last and "Traceback" not in err
     assert metrics[-1]["loss"] is None and metrics[-1]["entropy"] is None
     assert 10 <= sum(line["skipped"] for line in metrics) < 14
-
-
-def test_the_method_that_the_readme_adds_is_an_option_and_trains(options, graded, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"^## Add a method$(.*?)(?=^## )", text, re.M | re.S)[1]
-    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    monkeypatch.setattr(losses, "METHODS", dict(METHODS))
-    exec(block, vars(losses))
-    (name,) = set(losses.METHODS) - set(METHODS)
-    o = options(name)
-    loaded = train.load(o)
-    before = weights(loaded[0])
-    assert step(o, 1, loaded)["ratio_max"] > 1 and not unchanged(loaded[0], before)
 
 
 # ---------------------------------------------------------------- real input

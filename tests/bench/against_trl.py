@@ -109,7 +109,7 @@ def main():
     parser.add_argument("--python", help="the Python of the environment that has TRL")
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=500, help="of the whole run (train.py's default)")
+    parser.add_argument("--steps", type=int, default=800, help="of the whole run (train.py's default)")
     parser.add_argument("--whole", action="store_true", help="TRL to the last step, too")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="file for the figures")
