@@ -60,14 +60,14 @@ def select_clip_cov(cov, mask, ratio, low, high, generator=None):
     return top(noise, min(quota(ratio, mask), int(candidates.sum())))
 
 
-def select_kl_cov(cov, mask, ratio):
-    """KL-Cov's choice: the max(1, int(ratio N)) tokens of highest covariance, as far as it is positive.
+def select_kl_cov(cov, mask, ratio, low=0.0):
+    """KL-Cov's choice: the max(1, int(ratio N)) tokens of highest covariance, as far as it is above `low`.
 
-    cov, mask: (B, T) over the whole mini-batch, N = mask.sum(). In a mini-batch without any signal all
-    covariances are 0, and no token is chosen. Returns bool (B, T).
+    cov, mask: (B, T) over the whole mini-batch, N = mask.sum(). low: at least 0. In a mini-batch without any
+    signal all covariances are 0, and no token is chosen. Returns bool (B, T).
     """
     cov = cov.masked_fill(~mask.bool(), 0)
-    return top(cov, min(quota(ratio, mask), int((cov > 0).sum())))
+    return top(cov, min(quota(ratio, mask), int((cov > low).sum())))
 
 
 def quota(ratio, mask):

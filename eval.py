@@ -35,7 +35,7 @@ from tqdm import tqdm
 import reward
 import rollout
 from data import EMBEDDED, KNOWN, UserError, encode_prompts, load_problems, one_line
-from options import positive
+from options import INT
 from rollout import context, load_policy
 
 # 1. What is measured.
@@ -167,14 +167,14 @@ def options():
     add("--model", nargs="+", required=True, metavar="DIR_OR_HUB_ID", help="each is a row of the table")
     add("--benchmarks", nargs="+", default=["arithmetic_heldout"], metavar="NAME_OR_FILE",
         help=f"{known}; a file; a hub id, as owner/name:config:split (default arithmetic_heldout)")
-    add("--samples", type=positive(int), metavar="N",
+    add("--samples", type=INT, metavar="N",
         help=f"completions of each problem (default, as in the paper: 32 for {contests}, else 1)")
     add("--temperature", type=float, metavar="T",
         help=f"0 is greedy (default, as in the paper: 0.6 for {contests}; also with --samples; else 0)")
-    add("--limit", type=positive(int), metavar="N", help="only the first N problems of each (default all)")
-    add("--max-new-tokens", type=positive(int), metavar="N",
+    add("--limit", type=INT, metavar="N", help="only the first N problems of each (default all)")
+    add("--max-new-tokens", type=INT, metavar="N",
         help="tokens at which a completion is cut off (default 8192, or 3/4 of a shorter context)")
-    add("--batch", type=positive(int), default=64, metavar="N",
+    add("--batch", type=INT, default=64, metavar="N",
         help="completions sampled at a time; lower it if memory runs out (default 64)")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",

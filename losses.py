@@ -166,9 +166,12 @@ def kl_cov(t, o):
     These are rare tokens of wrong answers. The policy gradient pushes all such tokens down with |A|, the
     penalty pushes at most k N of them up with beta. If beta is above |A| the two balance at a share of
     k beta / |A| of all tokens: so many errors stay. --anneal lowers beta, and with it this floor, to 0.
+
+    Once fewer than k N tokens are rare and wrong, the next in covariance are tokens of right answers. To pull
+    these back would be to stop learning; --kl-cov-low, which is not in the paper, leaves them alone.
     """
     beta = o.kl_cov_beta * t.strength
-    selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio if beta > 0 else 0)
+    selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio if beta > 0 else 0, o.kl_cov_low)
     penalty = torch.where(selected, beta * t.log_ratio.abs(), 0.0)
     return Loss(-t.ratio * t.advantages + penalty, selected=selected)
 
@@ -300,7 +303,7 @@ def main():
         print(f"{name:17}", *(f"{a:+8.2f}" for a in group_advantages(rewards, name).flatten()))
 
     o = SimpleNamespace(clip_low=0.2, clip_high=0.2, clip_cov_ratio=0.25, cov_low=1.1, cov_high=100.0,
-                        kl_cov_ratio=0.25, kl_cov_beta=3.0, entropy_coef=0.1, kl_ref_beta=1.0,
+                        kl_cov_ratio=0.25, kl_cov_beta=3.0, kl_cov_low=1.0, entropy_coef=0.1, kl_ref_beta=1.0,
                         entropy_fraction=0.5, entropy_target=0.7)  # fmt: skip
     now = torch.tensor([[0.92, 0.062], [0.88, 0.042]]).log()
     t = example(now)

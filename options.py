@@ -22,41 +22,25 @@ from rollout import TINY
 # ---------------------------------------------------------------- kinds of values
 
 
-def positive(kind):
-    """A finite number above 0 of a kind, int or float."""
+def checked(kind, allowed, what):
+    """A kind of value, int or float, of which only some are allowed: `what` says which."""
 
     def check(text):
         value = kind(text)
-        if not 0 < value < (math.inf if kind is float else 2**53):
-            raise argparse.ArgumentTypeError(f"takes a number above 0, got {text}")
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"takes {what}, got {text}")
         return value
 
     check.__name__ = kind.__name__
     return check
 
 
-def number(text):
-    """A finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"takes a finite number, got {text}")
-    return value
-
-
-def fraction(text):
-    """A number above 0 and up to 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"takes a fraction above 0 and up to 1, got {text}")
-    return value
-
-
-def count(text):
-    """A whole number, 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"takes a whole number, 0 or more, got {text}")
-    return value
+INT = checked(int, lambda x: 0 < x < 2**53, "a number above 0")
+FLOAT = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
+NUMBER = checked(float, math.isfinite, "a finite number")
+BOUND = checked(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+FRACTION = checked(float, lambda x: 0 < x <= 1, "a fraction above 0 and up to 1")
+COUNT = checked(int, lambda x: 0 <= x < 2**53, "a whole number, 0 or more")
 
 
 # ---------------------------------------------------------------- the options: name, kind, default, help
@@ -70,54 +54,55 @@ OPTIONS = {
         ("--answer-field", str, None, "column of the gold answer, likewise"),
     ],
     "run": [
-        ("--steps", positive(int), 800, "rollout batches"),
+        ("--steps", INT, 800, "rollout batches"),
         ("--seed", int, 0, "seed of data order, sampling and selection"),
         ("--out", str, None, "run directory (default runs/METHOD-sSEED, or runs/METHOD-ADVANTAGE-sSEED)"),
-        ("--save-every", positive(int), 20, "steps between checkpoints, of which the last two are kept"),
-        ("--max-hours", positive(float), None, "hours after which the run saves and stops (default: none)"),
+        ("--save-every", INT, 20, "steps between checkpoints, of which the last two are kept"),
+        ("--max-hours", FLOAT, None, "hours after which the run saves and stops (default: none)"),
     ],
     "rollout": [
-        ("--prompts", positive(int), 64, "problems a step; published 256"),
-        ("--samples", positive(int), 8, "completions of each, its group; as published"),
-        ("--temperature", positive(float), 1.0, "of sampling and of the log-probs alike; as published"),
-        ("--max-prompt-tokens", positive(int), 2048, "longer prompts are dropped; as published"),
-        ("--max-new-tokens", positive(int), 40, "longest completion; published 8192"),
-        ("--sample-batch", positive(int), 4096, "completions sampled at a time; changes only rounding"),
+        ("--prompts", INT, 64, "problems a step; published 256"),
+        ("--samples", INT, 8, "completions of each, its group; as published"),
+        ("--temperature", FLOAT, 1.0, "of sampling and of the log-probs alike; as published"),
+        ("--max-prompt-tokens", INT, 2048, "longer prompts are dropped; as published"),
+        ("--max-new-tokens", INT, 40, "longest completion; published 8192"),
+        ("--sample-batch", INT, 4096, "completions sampled at a time; changes only rounding"),
     ],
     "update": [
-        ("--mini-batch", positive(int), 8, "problems an update: 8 updates a rollout batch, as published"),
-        ("--passes", positive(int), 1, "times each rollout batch is gone through; as published"),
-        ("--micro-batch", positive(int), 16384, "tokens in memory at a time; changes only rounding"),
-        ("--lr", positive(float), 3e-4, "learning rate of AdamW, constant; published 5e-7 for 7B"),
-        ("--grad-clip", positive(float), 1.0, "largest norm of the gradient; as published"),
+        ("--mini-batch", INT, 8, "problems an update: 8 updates a rollout batch, as published"),
+        ("--passes", INT, 1, "times each rollout batch is gone through; as published"),
+        ("--micro-batch", INT, 16384, "tokens in memory at a time; changes only rounding"),
+        ("--lr", FLOAT, 3e-4, "learning rate of AdamW, constant; published 5e-7 for 7B"),
+        ("--grad-clip", FLOAT, 1.0, "largest norm of the gradient; as published"),
     ],
     "methods": [
-        ("--clip-low", positive(float), None, "PPO clip from 1 - this (default 0.2, clip_cov 1; published)"),
-        ("--clip-high", positive(float), None, "to 1 + this (0.2, clip_higher 0.28, clip_cov 1; published)"),
-        ("--clip-cov-ratio", fraction, 0.01, "clip_cov: fraction of tokens without gradient; published 2e-4"),
-        ("--cov-low", number, 1.0, "clip_cov: candidates have a covariance above this; as published"),
-        ("--cov-high", number, 1000.0, "clip_cov: and below this; published 5"),
-        ("--kl-cov-ratio", fraction, 0.02, "kl_cov: fraction of tokens with the penalty; published 2e-3"),
-        ("--kl-cov-beta", positive(float), 3.0, "kl_cov: weight of the penalty; published 1"),
-        ("--entropy-coef", positive(float), 0.03, "entropy_bonus: weight of a nat of entropy; "
+        ("--clip-low", FLOAT, None, "PPO clip from 1 - this (default 0.2, clip_cov 1; published)"),
+        ("--clip-high", FLOAT, None, "to 1 + this (0.2, clip_higher 0.28, clip_cov 1; published)"),
+        ("--clip-cov-ratio", FRACTION, 0.01, "clip_cov: fraction of tokens without gradient; published 2e-4"),
+        ("--cov-low", NUMBER, 1.0, "clip_cov: candidates have a covariance above this; as published"),
+        ("--cov-high", NUMBER, 1000.0, "clip_cov: and below this; published 5"),
+        ("--kl-cov-ratio", FRACTION, 0.02, "kl_cov: fraction of tokens with the penalty; published 2e-3"),
+        ("--kl-cov-beta", FLOAT, 3.0, "kl_cov: weight of the penalty; published 1"),
+        ("--kl-cov-low", BOUND, 1.0, "kl_cov: only above this covariance; published 0, no bound"),
+        ("--entropy-coef", FLOAT, 0.03, "entropy_bonus: weight of a nat of entropy; "
          "adaptive_entropy: its largest weight, published 5e-3"),
-        ("--entropy-target", positive(float), 0.1, "adaptive_entropy, entrocraft: nats that they hold; "
+        ("--entropy-target", FLOAT, 0.1, "adaptive_entropy, entrocraft: nats that they hold; "
          "published 0.2, and 0.65 falling to 0.45"),
-        ("--anneal", count, None, "clip_cov, kl_cov, entropy_bonus, opefo, adaptive_entropy, entrocraft: "
+        ("--anneal", COUNT, None, "clip_cov, kl_cov, entropy_bonus, opefo, adaptive_entropy, entrocraft: "
          "steps over which their strength falls linearly to 0; 0: it is constant, as published (default 640 "
          "with the embedded problems, else 0)"),
-        ("--kl-ref-beta", positive(float), 0.04, "kl_ref: weight of the KL term (arXiv 2402.03300)"),
-        ("--entropy-fraction", fraction, None, "high_entropy, low_entropy: fraction of tokens that is kept "
+        ("--kl-ref-beta", FLOAT, 0.04, "kl_ref: weight of the KL term (arXiv 2402.03300)"),
+        ("--entropy-fraction", FRACTION, None, "high_entropy, low_entropy: fraction of tokens that is kept "
          "(default 0.2 and 0.8, arXiv 2506.01939)"),
     ],
     "advantage": [
-        ("--prm-beta", positive(float), 0.05, "prime: scale of the process rewards; as published"),
-        ("--prm-lr", positive(float), None, "prime: learning rate of its model (default 2 x --lr)"),
+        ("--prm-beta", FLOAT, 0.05, "prime: scale of the process rewards; as published"),
+        ("--prm-lr", FLOAT, None, "prime: learning rate of its model (default 2 x --lr)"),
     ],
     "evaluation": [
-        ("--eval-every", positive(int), 10, "steps between evaluations on --eval-data"),
-        ("--eval-limit", positive(int), 512, "problems of --eval-data that are used"),
-        ("--final-samples", positive(int), 32, "completions of each for pass@k of the final policy"),
+        ("--eval-every", INT, 10, "steps between evaluations on --eval-data"),
+        ("--eval-limit", INT, 512, "problems of --eval-data that are used"),
+        ("--final-samples", INT, 32, "completions of each for pass@k of the final policy"),
     ],
 }
 

@@ -66,25 +66,31 @@ BASES = {  # other starting policies: the options of lab/warmstart.py that make 
 }
 COV = ["grpo", "clip_cov", "kl_cov"]  # the baseline and the two methods of the paper
 NEWER = ["cw_grpo", "opefo", "adaptive_entropy", "entrocraft"]
-K = "--kl-cov-ratio 0.01"
+UNBOUND = "--kl-cov-low 0"  # KL-Cov as published takes the highest covariances, however low they are
+K = f"--kl-cov-ratio 0.01 {UNBOUND}"
 FIXED = f"--steps 200 --anneal 0 {K}"  # of a constant strength
 OFTEN = "--eval-every 1 --eval-limit 8"  # so that samples.jsonl has completions of every step
 ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
 FREE = "--clip-low 1 --clip-high 1"  # Clip-Cov's range, in effect no clip
 
 
-def annealed(method):
-    """A row of a method as by default, or of a control."""
-    if method in CONTROLS:
-        options = f"{ANNEALED} {FREE}" if "clip" in method else ANNEALED
-        return Row(method, method, options, program="-m lab.controls")
-    return Row(f"{method}, annealed", method, ANNEALED)
+def annealed(methods):
+    """Rows of methods as by default."""
+    return [Row(f"{method}, annealed", method, ANNEALED) for method in methods]
 
 
+def controls(method, options):
+    """Rows of the controls of a method."""
+    names = [name for name in CONTROLS if name.startswith(method)]
+    return [Row(name, name, f"{ANNEALED} {options}", program="-m lab.controls") for name in names]
+
+
+NO_BOUND = Row("kl_cov, no bound", "kl_cov", f"{ANNEALED} {UNBOUND}")
 STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [*map(annealed, COV)]),
-    "controls": (range(61, 69), [*map(annealed, [*COV, *CONTROLS])]),
-    "rivals": (range(61, 69), [*map(annealed, [*COV, "entropy_bonus", *NEWER]),
+    "annealing": (range(61, 77), [*annealed(COV), NO_BOUND]),
+    "controls": (range(61, 69), [*annealed(["grpo", "clip_cov"]), *controls("clip_cov", FREE),
+                                 NO_BOUND, *controls("kl_cov", UNBOUND), *annealed(["kl_cov"])]),
+    "rivals": (range(61, 69), [*annealed([*COV, "entropy_bonus", *NEWER]),
                                Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")]),
     "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")

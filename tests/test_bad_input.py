@@ -94,6 +94,7 @@ WRONG = {
     "a learning rate that is no number": ("--lr nan", "--lr"),
     "a temperature of 0": ("--temperature 0", "--temperature"),
     "a fraction above 1": ("--kl-cov-ratio 2", "--kl-cov-ratio"),
+    "a bound below 0": ("--kl-cov-low -1", "--kl-cov-low", "0 or more"),
     "bounds with nothing between": ("--cov-low 2 --cov-high 1", "--cov-low", "--cov-high"),
     "annealing that ends before it begins": ("--anneal -1", "--anneal"),
     "a mini-batch that does not divide": ("--prompts 8 --mini-batch 3", "--mini-batch", "--prompts"),

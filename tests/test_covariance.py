@@ -105,6 +105,7 @@ def test_kl_cov_selects_only_positive_covariance_not_a_share_of_each_row_and_not
     cov[2] = torch.arange(10)
     assert select_kl_cov(cov, ALL, 0.1).nonzero().tolist() == [[2, 6], [2, 7], [2, 8], [2, 9]]
     assert select_kl_cov(cov, ALL, 1.0).nonzero().tolist() == [[2, i] for i in range(1, 10)]
+    assert select_kl_cov(cov, ALL, 0.1, low=7).nonzero().tolist() == [[2, 8], [2, 9]]
 
 
 # ---------------------------------------------------------------- Clip-Cov's choice

@@ -14,7 +14,8 @@ PPO = [name for name in METHODS if name != "kl_cov"]  # the methods with PPO's c
 WITHOUT_SIGNAL = ["entropy_bonus", "kl_ref", "adaptive_entropy"]  # a gradient where all advantages are 0
 O = SimpleNamespace(
     clip_low=0.2, clip_high=0.28, clip_cov_ratio=0.15, cov_low=0.1, cov_high=2.0, kl_cov_ratio=0.2,
-    kl_cov_beta=1.5, entropy_coef=0.1, kl_ref_beta=0.5, entropy_fraction=0.3, entropy_target=9.0,
+    kl_cov_beta=1.5, kl_cov_low=0.0, entropy_coef=0.1, kl_ref_beta=0.5, entropy_fraction=0.3,
+    entropy_target=9.0,
 )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ QUIET = 3  # a row whose group had no signal
 def options(method, **changes):
     """Options of train.py with which every method acts on some tokens of `batch_of`."""
     words = ("--device cpu --out nowhere/at/all --temperature 0.8 --grad-clip 1e9 --clip-low 0.2 --clip-high"
-             " 0.2 --clip-cov-ratio 0.1 --cov-low 0.05 --kl-cov-ratio 0.2 --entropy-fraction 0.6").split()
+             " 0.2 --clip-cov-ratio 0.1 --cov-low 0.05 --kl-cov-ratio 0.2 --kl-cov-low 0"
+             " --entropy-fraction 0.6").split()
     return argparse.Namespace(**vars(train.options(["--method", method, *words])) | changes)
 
 
@@ -189,8 +190,8 @@ def test_gradient_checkpointing_keeps_less_of_each_layer_and_changes_no_gradient
 
 COUNTS = (0, 1, 2, 3, 7)
 RUNS = {
-    "kl_cov": "--method kl_cov --kl-cov-ratio 0.1",
-    "sharded": "--method kl_cov --kl-cov-ratio 0.1 --shard-optimizer",
+    "kl_cov": "--method kl_cov --kl-cov-ratio 0.1 --kl-cov-low 0",
+    "sharded": "--method kl_cov --kl-cov-ratio 0.1 --kl-cov-low 0 --shard-optimizer",
     "all": "--method kl_ref --advantage prime --filter-groups",  # a reference, a PRM, rounds of sampling
     "few": "--method clip_cov --prompts 1 --mini-batch 1 --samples 3 --eval-limit 1 --gradient-checkpointing",
 }

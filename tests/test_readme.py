@@ -162,7 +162,8 @@ def test_every_recipe_has_the_published_settings_with_each_method(path, method, 
     assert (o.prompts, o.samples, o.prompts // o.mini_batch, o.passes) == (256, 8, 8, 1)
     assert (o.temperature, o.grad_clip, o.lr, o.filter_groups, o.anneal) == (1.0, 1.0, 5e-7, True, 0)
     assert (o.clip_low, o.clip_high) == ((1.0, 1.0) if method == "clip_cov" else (0.2, 0.2))
-    assert (o.clip_cov_ratio, o.cov_low, o.cov_high, o.kl_cov_ratio, o.kl_cov_beta) == (2e-4, 1, 5, 2e-3, 1)
+    assert (o.clip_cov_ratio, o.cov_low, o.cov_high) == (2e-4, 1, 5)
+    assert (o.kl_cov_ratio, o.kl_cov_beta, o.kl_cov_low) == (2e-3, 1, 0)
 
 
 @pytest.mark.parametrize("size", SIZES)

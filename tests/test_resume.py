@@ -31,7 +31,8 @@ from rollout import TINY, load_policy
 
 SHORT = (
     "--steps 4 --save-every 1 --eval-every 2 --prompts 4 --mini-batch 2 --samples 4 --eval-limit 4 --seed 5 "
-    "--final-samples 2 --device cpu --lr 1e-3 --cov-low 0.05 --clip-cov-ratio 0.1 --kl-cov-ratio 0.1"
+    "--final-samples 2 --device cpu --lr 1e-3 --cov-low 0.05 --clip-cov-ratio 0.1 --kl-cov-ratio 0.1 "
+    "--kl-cov-low 0"
 ).split()
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

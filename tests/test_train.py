@@ -182,7 +182,8 @@ def test_completions_are_graded_by_their_problem_and_compared_within_it(options,
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mini_batch_without_signal_leaves_every_parameter_bit_identical(options, graded, updates, method):
     """Even with momentum from before. Entropy and distance to the start are a signal of their own."""
-    o = options(method, "--passes 2 --kl-cov-ratio 0.5 --clip-cov-ratio 0.5 --cov-low 0 --entropy-target 9")
+    more = "--passes 2 --kl-cov-ratio 0.5 --kl-cov-low 0 --clip-cov-ratio 0.5 --cov-low 0 --entropy-target 9"
+    o = options(method, more)
     loaded = train.load(o)
     start = weights(loaded[0])
     step(o, 1, loaded)
@@ -225,8 +226,8 @@ def test_ten_skipped_updates_in_a_row_stop_the_run_and_a_good_one_ends_the_row()
 
 @pytest.mark.parametrize("method", METHODS)
 def test_metrics_are_plain_numbers_and_sums_over_counts(options, graded, updates, draws, method):
-    more = "--mini-batch 1 --lr 0.3 --passes 2 --clip-cov-ratio 0.2 --cov-low 0.05 --kl-cov-ratio 0.2"
-    m = step(options(method, more))
+    more = "--clip-cov-ratio 0.2 --cov-low 0.05 --kl-cov-ratio 0.2 --kl-cov-low 0"
+    m = step(options(method, f"--mini-batch 1 --lr 0.3 --passes 2 {more}"))
     assert set(m) == set(KEYS) and set(m["seconds"]) == {"sample", "reward", "score", "update", "total"}
     assert all(type(value) in (int, float) for key, value in m.items() if key != "seconds")
     tokens = sum(u.t.mask.sum().item() for u in updates)
@@ -297,7 +298,8 @@ def test_the_strength_falls_linearly_to_0_or_is_constant(options, graded, anneal
 ])  # fmt: skip
 def test_without_strength_a_method_is_its_base(options, graded, method, base):
     results = []
-    for words in (f"{method} --anneal 1 --cov-low -9 --clip-cov-ratio 0.5 --kl-cov-ratio 0.5", base):
+    few = "--cov-low -9 --clip-cov-ratio 0.5 --kl-cov-low 0 --kl-cov-ratio 0.5"
+    for words in (f"{method} --anneal 1 {few}", base):
         o = options(words, "--passes 2")
         loaded = train.load(o)
         metrics = step(o, 2, loaded)  # one step after the end of --anneal 1
@@ -549,7 +551,7 @@ def check_run(run, method):
 
 def test_a_run_as_a_command_of_its_own(tmp_path):
     """`python train.py --method kl_cov` from another folder: its output, its progress and its files."""
-    argv = f"--method kl_cov --kl-cov-ratio 0.5 --steps 2 --eval-every 1 {SHORT}".split()
+    argv = f"--method kl_cov --kl-cov-ratio 0.5 --kl-cov-low 0 --steps 2 --eval-every 1 {SHORT}".split()
     done = subprocess_of(*argv, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     run = tmp_path / "runs" / "kl_cov-s5"

@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--prompts 4 --mini-batch 2 --samples 4 --eval-limit 8 --eval-every 3 --save-every 2 --seed 5"
-         " --final-samples 2 --lr 2e-4 --cov-low 0.05 --kl-cov-ratio 0.1 --clip-cov-ratio 0.1 --device cpu")
+         " --final-samples 2 --lr 2e-4 --cov-low 0.05 --clip-cov-ratio 0.1 --kl-cov-ratio 0.1"
+         " --kl-cov-low 0 --device cpu")
 
 
 def start(o, out, *more):
