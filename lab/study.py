@@ -261,6 +261,13 @@ def mean(row, key, form):
     return form.format(fmean(values)) if values else "-"
 
 
+def seeds_of(row):
+    """The seeds of a row: the first and the last, or all if some between them are missing."""
+    seeds = [run["seed"] for run in row["runs"]]
+    whole = seeds[-1] - seeds[0] == len(seeds) - 1 > 0
+    return f"{seeds[0]} to {seeds[-1]}" if whole else " ".join(map(str, seeds))
+
+
 def gain(row, baseline):
     """Mean gain in accuracy over the baseline of the same seed, in points, with a 95% bootstrap interval."""
     before = {run["seed"]: run["accuracy"] for run in baseline["runs"]}
@@ -281,20 +288,18 @@ def tables(found):
         greedy, fell, runs = known(row, "accuracy"), known(row, "fell"), row["runs"]
         every = " ".join(f"{100 * x:.0f}" for x in greedy)
         baseline = next(other for other in found["rows"] if other["base"] == row["base"])
-        accuracies.append([row["name"], every, f"{fmean(greedy):.1%}", f"{median(greedy):.1%}",
+        accuracies.append([row["name"], seeds_of(row), every, f"{fmean(greedy):.1%}", f"{median(greedy):.1%}",
                            gain(row, baseline), mean(row, "sampled", "{:.1%}"),
                            mean(row, "pass@32", "{:.1%}")])  # fmt: skip
         when = f"{len(fell)} of {len(runs)}" + (f", step {median(fell) + 1:.0f}" if fell else "")
         entropies.append([row["name"], *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
                           mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}"),
                           mean(row, "rare wrong", "{:.2%}")])  # fmt: skip
-    seeds = " ".join(str(run["seed"]) for run in found["rows"][0]["runs"])
     text = [
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
-        f"Seeds: {seeds}\n",
         markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
-        markdown(["run", "greedy, each seed, %", "mean", "median", "above the first row, points [95%]",
-                  "sampled", "pass@32"], accuracies),
+        markdown(["run", "seeds", "greedy, each seed, %", "mean", "median",
+                  "above the first row, points [95%]", "sampled", "pass@32"], accuracies),
         markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
                   "in the top fifth", "rare and wrong, late"], entropies),
     ]  # fmt: skip
