@@ -167,8 +167,8 @@ def kl_cov(t, o):
     penalty pushes at most k N of them up with beta. If beta is above |A| the two balance at a share of
     k beta / |A| of all tokens: so many errors stay. --anneal lowers beta, and with it this floor, to 0.
 
-    Once fewer than k N tokens are rare and wrong, the next in covariance are tokens of right answers. To pull
-    these back would be to stop learning; --kl-cov-low, which is not in the paper, leaves them alone.
+    Once fewer than k N tokens are rare and wrong, the next in covariance are ordinary tokens, also of right
+    answers. --kl-cov-low, which is not in the paper, leaves them alone.
     """
     beta = o.kl_cov_beta * t.strength
     selected = select_kl_cov(t.covariance, t.mask, o.kl_cov_ratio if beta > 0 else 0, o.kl_cov_low)

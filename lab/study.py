@@ -357,7 +357,7 @@ def draw_curves(found):
         right.text(0, value + 0.01, text, color="#555555", fontsize=14)
     left.set(title="Policy entropy", ylabel="nats per token", yscale="log", xlabel="step")
     plain_numbers(left.yaxis)
-    left.legend(title=f"{len(curves)} runs and their median", frameon=True, framealpha=0.8)
+    left.legend(title="all runs and their median", frameon=True, framealpha=0.8)
     accuracy_axis(right, "Held-out accuracy", "greedy")
     right.set(xlabel="step", ylim=(0.3, 1.03))
     return figure
