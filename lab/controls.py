@@ -8,7 +8,8 @@
                                          is above --cov-low, and the highest
 
     python -m lab.controls --method kl_cov_random      with the other options of train.py; for those of
-                                                       clip_cov also --clip-low 1 --clip-high 1
+                                                       clip_cov also --clip-low 1 --clip-high 1, for those of
+                                                       kl_cov --kl-cov-low 0, to act on as many as published
     python -m lab.study controls                       the comparison
 """
 
