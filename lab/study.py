@@ -11,7 +11,7 @@
 
 It writes results/NAME.md, NAME.png and data/NAME.json. A run is a process with one thread; as many run at a
 time as there are cores. A study may be stopped at any time; the same command continues it, and does not
-repeat the runs in data/NAME.json. Studies with a row in common share its runs, in runs/study/.
+repeat the runs in data/NAME.json. Studies with a row in common share its runs, in runs/study/ and data/.
 
 The baseline of a run has the same seed and is the first row with the same starting policy. The window is the
 20 steps after the baseline's entropy has fallen to a tenth of its first value. `ratio` compares the entropy
@@ -204,10 +204,10 @@ def measure(run_dir, baseline=None):
                "last": fmean(entropy[-10:]), "accuracy": final["accuracy"],
                "top fifth": top_fifth([line for line in samples if line["step"] <= WINDOW]),
                "sampled": final["accuracy_sampled"], "pass@32": final["pass_at"]["32"]}  # fmt: skip
-    late = [line for line in samples if line["step"] > len(steps) / 2]
-    figures["rare wrong"], figures["|A| there"] = rare_wrong(late)
-    chosen = [line["advantage"][i] > 0 for line in samples if line not in late for i in line["selected"]]
-    figures["acted on"] = fmean(line["selected"] or 0 for line in steps[: len(steps) // 2])
+    half = len(steps) // 2
+    figures["rare wrong"], figures["|A| there"] = rare_wrong([s for s in samples if s["step"] > half])
+    chosen = [s["advantage"][i] > 0 for s in samples if s["step"] <= half for i in s["selected"]]
+    figures["acted on"] = fmean(line["selected"] or 0 for line in steps[:half])
     figures["of right answers"] = fmean(chosen) if chosen else None
     baseline = baseline or figures
     if (start := baseline["fell"]) is not None:
@@ -219,8 +219,18 @@ def measure(run_dir, baseline=None):
     return figures
 
 
+def before(out, study, seeds):
+    """data/STUDY.json as it was before, with what the other studies in `out` know of these seeds."""
+    files = {name: Path(out) / "data" / f"{name}.json" for name in STUDIES}
+    known = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    own = known.pop(study, {})
+    others = [row | {"runs": [run for run in row["runs"] if run["seed"] in seeds]}
+              for other in known.values() for row in other["rows"]]  # fmt: skip
+    return own | {"rows": others + own.get("rows", [])}  # its own come last, and count
+
+
 def kept(old, row):
-    """{seed: figures} of the runs of a row in data/STUDY.json as it was before."""
+    """{seed: figures} of the runs of a row that were known before."""
     same = lambda other: all(other[key] == getattr(row, key) for key in ("name", "method", "options", "base"))
     return {run["seed"]: run for other in old.get("rows", []) if same(other) for run in other["runs"]}
 
@@ -228,7 +238,7 @@ def kept(old, row):
 def collect(study, rows, seeds, old):
     """data/STUDY.json: the starting policies, and every row with the figures of its complete runs.
 
-    old: data/STUDY.json as it was before, of which the runs are kept that are not on this machine.
+    old: what was known `before`, of which the runs are kept that are not on this machine.
     """
     bases, baselines = dict(old.get("bases", {})), {}
     for row in rows:
@@ -447,8 +457,7 @@ def main():
     if o.table:
         found = json.loads((Path(o.out) / "data" / f"{o.study}.json").read_text())
     else:
-        file = Path(o.out) / "data" / f"{o.study}.json"
-        old = json.loads(file.read_text()) if file.exists() else {}
+        old = before(o.out, o.study, seeds)
         jobs = [(row, seed) for seed in seeds for row in rows if seed not in kept(old, row)]
         with ThreadPoolExecutor(o.jobs) as pool:
             list(pool.map(make_base, {row.base for row, _ in jobs if row.base in BASES}))

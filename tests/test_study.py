@@ -88,6 +88,11 @@ def test_a_study_runs_continues_and_writes_table_data_and_picture(tmp_path, monk
     assert found["rows"][0]["runs"][0]["curve of entropy"][0][0] == 1
     shutil.rmtree(tmp_path / "kl_cov-s1")  # another machine, where only the figures are known
     assert study.collect("methods", rows, [1, 2], found) == found
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "methods.json").write_text(json.dumps(found))
+    shared = study.collect("rivals", rows, [1], study.before(tmp_path, "rivals", [1]))  # another study
+    assert shared["rows"] == json.loads(json.dumps(found))["rows"]
+    assert study.before(tmp_path, "rivals", [2])["rows"][0]["runs"] == []
     changed = [rows[0], replace(rows[1], options="--steps 3")]
     assert len(study.collect("methods", changed, [1], found)["rows"]) == 1
     study.report(tmp_path, "methods", study.tables(found), found, study.draw_final(found))
