@@ -317,12 +317,13 @@ def tables(found):
 
 
 def compare_controls(rows):
-    """A table of methods and their controls, in a list that is empty if there are none."""
-    is_control_of = lambda row, other: row["method"].startswith(other["method"] + "_")
+    """A table of methods with their controls and variants, in a list that is empty if there are none."""
+    varies = lambda row, other: row["base"] == other["base"] and (
+        row["method"] == other["method"] or row["method"].startswith(other["method"] + "_"))  # fmt: skip
     table = []
     for row in rows:
-        method = next((other for other in rows if is_control_of(row, other)), row)
-        if method is not row or any(is_control_of(other, row) for other in rows):
+        method = next(other for other in rows if varies(row, other))
+        if method is not rows[0] and (method is not row or sum(varies(other, row) for other in rows) > 1):
             table.append([row["name"], mean(row, "acted on", "{:.2%}"),
                           mean(row, "of right answers", "{:.0%}"), gain(row, method)])  # fmt: skip
     head = ["first half", "tokens acted on", "of right answers", "above its method, points [95%]"]
