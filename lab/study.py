@@ -265,6 +265,11 @@ def known(row, key):
     return [run[key] for run in row["runs"] if run.get(key) is not None]
 
 
+def shown(row):
+    """The name of a row in tables and pictures."""
+    return row["name"].removesuffix(", annealed")
+
+
 def mean(row, key, form):
     """The mean of a figure over the runs, or a dash."""
     values = known(row, key)
@@ -279,11 +284,14 @@ def seeds_of(row):
 
 
 def gain(row, baseline):
-    """Mean gain in accuracy over the baseline of the same seed, in points, with a 95% bootstrap interval."""
+    """Mean gain in accuracy over the baseline of the same seed, in points; from five seeds on with a 95%
+    bootstrap interval."""
     before = {run["seed"]: run["accuracy"] for run in baseline["runs"]}
     gains = [100 * (run["accuracy"] - before[run["seed"]]) for run in row["runs"] if run["seed"] in before]
     if row is baseline or not gains:
         return "-"
+    if len(gains) < 5:
+        return f"{fmean(gains):+.0f}"
     rng = random.Random(0)
     means = sorted(fmean(rng.choices(gains, k=len(gains))) for _ in range(4000))
     return f"{fmean(gains):+.0f} [{means[99]:+.0f}, {means[-100]:+.0f}]"
@@ -298,20 +306,20 @@ def tables(found):
         greedy, fell, runs = known(row, "accuracy"), known(row, "fell"), row["runs"]
         every = " ".join(f"{100 * x:.0f}" for x in greedy)
         baseline = next(other for other in found["rows"] if other["base"] == row["base"])
-        accuracies.append([row["name"], seeds_of(row), every, f"{fmean(greedy):.1%}", f"{median(greedy):.1%}",
+        accuracies.append([shown(row), seeds_of(row), every, f"{fmean(greedy):.1%}", f"{median(greedy):.1%}",
                            gain(row, baseline), mean(row, "sampled", "{:.1%}"),
                            mean(row, "pass@32", "{:.1%}")])  # fmt: skip
         when = f"{len(fell)} of {len(runs)}" + (f", step {median(fell) + 1:.0f}" if fell else "")
-        entropies.append([row["name"], *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
+        entropies.append([shown(row), *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
                           mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}"),
-                          mean(row, "rare wrong", "{:.2%}")])  # fmt: skip
+                          mean(row, "rare wrong", "{:.2%}"), mean(row, "|A| there", "{:.2f}")])  # fmt: skip
     text = [
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
         markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
         markdown(["run", "seeds", "greedy, each seed, %", "mean", "median",
                   "above the first row, points [95%]", "sampled", "pass@32"], accuracies),
         markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
-                  "in the top fifth", "rare and wrong, late"], entropies),
+                  "in the top fifth", "rare and wrong, late", "their mean absolute A"], entropies),
     ]  # fmt: skip
     return "\n".join(text + compare_controls(found["rows"]))
 
@@ -324,7 +332,7 @@ def compare_controls(rows):
     for row in rows:
         method = next(other for other in rows if varies(row, other))
         if method is not rows[0] and (method is not row or sum(varies(other, row) for other in rows) > 1):
-            table.append([row["name"], mean(row, "acted on", "{:.2%}"),
+            table.append([shown(row), mean(row, "acted on", "{:.2%}"),
                           mean(row, "of right answers", "{:.0%}"), gain(row, method)])  # fmt: skip
     head = ["first half", "tokens acted on", "of right answers", "above its method, points [95%]"]
     return [markdown(head, table)] if table else []
@@ -332,9 +340,9 @@ def compare_controls(rows):
 
 def look_of(row):
     """The colour of the paper's method that a row is or varies, hollow if it varies one; grey for others."""
-    name = row["name"].removesuffix(", annealed")
-    own = next((method for method in COV if name.startswith(method)), None)
-    return {"color": plot.COLOURS.get(own, "#999999"), "fillstyle": "full" if own in (name, None) else "none"}
+    own = next((method for method in COV if shown(row).startswith(method)), None)
+    whole = own in (shown(row), None)
+    return {"color": plot.COLOURS.get(own, "#999999"), "fillstyle": "full" if whole else "none"}
 
 
 def accuracy_axis(axis, title, label, percent=None):
@@ -361,11 +369,11 @@ def draw_curves(found):
                 axis.plot(*zip(*curve), **look_of(row), alpha=0.25)
             steps = [step for step, _ in curves[0]]
             middle = [median(value for _, value in points) for points in zip(*curves)]
-            axis.plot(steps, middle, **look_of(row), linewidth=4, label=row["name"])
+            axis.plot(steps, middle, **look_of(row), linewidth=4, label=shown(row))
     start = found["bases"]["tiny"]
     for value, text in ((start["greedy"], "the habit"), (start["pass@32"], "pass@32 at the start")):
         right.axhline(value, color="#777777", linestyle="--", linewidth=2)
-        right.text(0, value + 0.01, text, color="#555555", fontsize=14)
+        right.text(steps[-1], value - 0.025, text, color="#555555", fontsize=14, ha="right")
     left.set(title="Policy entropy", ylabel="nats per token", yscale="log", xlabel="step")
     plain_numbers(left.yaxis)
     left.legend(title="all runs and their median", frameon=True, framealpha=0.8)
@@ -382,7 +390,7 @@ def draw_final(found):
     low = min(x for row in found["rows"] for x in [start, *known(row, "accuracy")]) - 0.04
     for i, row in enumerate(found["rows"], 1):
         greedy, look = known(row, "accuracy"), look_of(row)
-        names.append(f"{row['name'].removesuffix(', annealed')}  {i}")
+        names.append(f"{shown(row)}  {i}")
         left.plot(greedy, [i] * len(greedy), "o", alpha=0.6, markeredgewidth=2, **look)
         left.plot([median(greedy)] * 2, [i - 0.3, i + 0.3], linewidth=4, **look)
         if entropy := known(row, "window"):
