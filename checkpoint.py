@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from data import UserError
+from data import UserError, one_line
 from parallel import whole_state, world
 
 KEPT = 2  # checkpoints
@@ -130,11 +130,9 @@ def append(out, metrics, samples):
 
 
 def describe(o, problems, held_out):
-    """config.json: every option as used, versions, the git commit if there is one, and digests of the
-    problems.
+    """config.json: options as used, versions, git commit, digests of the problems (prompt ids and answers).
 
-    problems, held_out: [(prompt ids, answer), ...]. Ids, not texts, for a chat template may hold today's
-    date.
+    Of ids, not of texts, for a chat template may hold today's date.
     """
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
@@ -155,11 +153,9 @@ def write_json(path, value):
 
 
 def lock(out):
-    """Keeps other runs out of the run directory as long as the file returned is open. UserError if one is
-    there.
+    """Keeps other runs out of the run directory while the file returned is open. UserError if one is there.
 
-    Called by all processes; rank 0 holds the lock. torchrun's processes may outlive a torchrun that was
-    killed.
+    Rank 0 holds the lock, for torchrun's processes may outlive a torchrun that was killed.
     """
     if world()[0] > 0:
         return None
@@ -222,8 +218,7 @@ def whole_or_none(folder):
     except Exception as error:
         free = shutil.disk_usage(folder.parent).free / 2**20
         shutil.rmtree(folder, ignore_errors=True)
-        what = str(error).strip() or type(error).__name__
-        raise OSError(f"{folder}: {what.splitlines()[0]}; {free:.1f} MiB were free there") from error
+        raise OSError(f"{folder}: {one_line(error)}; {free:.1f} MiB were free there") from error
 
 
 def save_model(policy, folder):
@@ -286,8 +281,7 @@ def damage(folder):
 def find(o):
     """(checkpoint to go on from, metrics up to it); (None, []) for a new run and for one that has none yet.
 
-    Raises UserError if no checkpoint is whole, a log lacks steps, or options would change the run. Writes
-    nothing.
+    Writes nothing. UserError if no checkpoint is whole, a log lacks steps, or options would change the run.
     """
     out = Path(o.out)
     if not o.resume or not (out / "config.json").exists():
@@ -339,8 +333,7 @@ def read_log(path, last):
 
 
 def go_on(config, done):
-    """The logs cut back to step `done`, in place, and config.json brought up to date. UserError if the
-    prompts are others than before."""
+    """Cuts the logs back to step `done` and updates config.json. UserError if the prompts are other ones."""
     out = Path(config["out"])
     old = json.loads((out / "config.json").read_text())
     for name, digest in config["content"].items():
@@ -369,5 +362,5 @@ def restore(policy, folder):
             if own is not part:
                 part.state.clear()  # a second copy of the same moments
     except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--resume: {folder} does not fit ({what}); begin anew with --overwrite") from error
+        why = f"does not fit ({one_line(error)}); begin anew with --overwrite"
+        raise UserError(f"--resume: {folder} {why}") from error

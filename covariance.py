@@ -19,7 +19,6 @@ A few tokens contribute orders of magnitude more than the rest. Clip-Cov and KL-
     python covariance.py      the theorem on one softmax, then who carries the covariance in a rollout batch
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -185,19 +184,13 @@ def draw(rows, found, file):
 def main():
     from plot import STYLE, rc_context  # here, so that training imports no matplotlib
 
-    parser = argparse.ArgumentParser(description="The theorem, and who carries the covariance.")
-    parser.add_argument("--out", default="figures/covariance.png", metavar="FILE")
-    o = parser.parse_args()
     rows = theorem()
     print("\nLikely: entropy falls. Rare: it rises. Half of a small step leaves about 1/4 of the error.")
     print("\n2. The first rollout batch of the embedded policy")
     found = carriers(*embedded_rollouts())
-    try:
-        with rc_context(STYLE):
-            draw(rows, found, o.out)
-    except OSError as error:
-        parser.exit(2, f"covariance.py: error: argument --out: {o.out}: {error.strerror}\n")
-    print(f"{o.out}: the entropy falls mostly because rare tokens of wrong answers die out.")
+    with rc_context(STYLE):
+        draw(rows, found, "figures/covariance.png")
+    print("figures/covariance.png: the entropy falls mostly because rare tokens of wrong answers die out.")
 
 
 if __name__ == "__main__":

@@ -255,23 +255,22 @@ def one_line(error):
 # 3. What training and evaluation do with problems.
 
 
-def encode_prompts(tokenizer, prompts, max_tokens, refuse=True):
-    """Token ids of each prompt in the tokenizer's chat template; None for one of more than `max_tokens` ids.
+def encode_problems(tokenizer, problems, max_tokens, source):
+    """[(prompt ids in the tokenizer's chat template, or None if more than `max_tokens`; answer), ...].
 
-    Raises UserError if the template fails, or if every prompt is too long and `refuse` is set.
+    Raises UserError, which names `source`, if the template fails or if every prompt is too long.
     """
-    if not prompts:
-        return []
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    chats = [[{"role": "user", "content": prompt}] for prompt, _ in problems]
     try:
         encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template is a program of the checkpoint's; it may fail in any way
-        name = tokenizer.name_or_path
-        raise UserError(f"{name}: no chat template that accepts a user message: {one_line(error)}") from None
+        what = f"{tokenizer.name_or_path}: no chat template that accepts a user message: {one_line(error)}"
+        raise UserError(f"{source}: {what}") from error
     shortest = min(map(len, encoded))
-    if refuse and shortest > max_tokens:
-        raise UserError(f"all prompts are longer than {max_tokens} tokens: the shortest has {shortest}")
-    return [ids if len(ids) <= max_tokens else None for ids in encoded]
+    if shortest > max_tokens:
+        what = f"all prompts are longer than {max_tokens} tokens: the shortest has {shortest}"
+        raise UserError(f"{source}: {what}")
+    return [(ids if len(ids) <= max_tokens else None, answer) for ids, (_, answer) in zip(encoded, problems)]
 
 
 def drop_overlap(train, held_out):

@@ -111,8 +111,7 @@ def score(model, prompts, completions, temperature=1.0):
 
 
 def backward(model, prompts, completions, dlogp, dentropy, temperature=1.0):
-    """Adds to the gradients of the model what `score` and autograd would, for known dL/dlogp and dL/dH, both
-    (B, T).
+    """Adds to the model's gradients what `score` and autograd would, for known dL/dlogp and dL/dH, (B, T).
 
     Since they are known, the backward pass of each chunk follows its forward pass at once, and no chunk is
     computed twice. Entropies are left out if there is no gradient for them.

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 import reward
 import rollout
-from data import EMBEDDED, KNOWN, UserError, encode_prompts, load_problems, one_line
+from checkpoint import write_json
+from data import EMBEDDED, KNOWN, UserError, encode_problems, load_problems, one_line
 from options import INT
 from rollout import context, load_policy
 
@@ -84,14 +85,10 @@ def summary(records, timeouts=0):
 # 2. Asking the model.
 
 
-def noise(prompt, samples, max_new_tokens, seed):
-    """The problem's own uniform numbers for the sampler: (samples, max_new_tokens)."""
-    return rollout.uniforms(1, samples, max_new_tokens, rollout.seeded(seed, prompt))[0]
-
-
 def complete(model, prompts, ids, samples, temperature, max_new_tokens, eos_ids, batch, seed):
     """`samples` completions (lists of ids) of each prompt, at most `batch` rows at a time."""
-    u = torch.stack([noise(prompt, samples, max_new_tokens, seed) for prompt in prompts])  # (P, n, T)
+    own = [rollout.seeded(seed, prompt) for prompt in prompts]
+    u = torch.stack([torch.rand(samples, max_new_tokens, generator=g) for g in own])  # (P, n, T)
     completions = [[] for _ in prompts]
     for part in u.split(max(1, batch // len(prompts)), dim=1):
         groups = rollout.sample(model, ids, part.shape[1], max_new_tokens, temperature, eos_ids, noise=part)
@@ -108,7 +105,7 @@ def evaluate(model, tokenizer, eos_ids, problems, samples=1, temperature=0.0, ma
     scores 0 and stays in the mean. Raises UserError if none fits. Leaves the global random state alone.
     """
     room = context(model.config) - max_new_tokens
-    ids = encode_prompts(tokenizer, [prompt for prompt, _ in problems], room)
+    ids = [ids for ids, _ in encode_problems(tokenizer, problems, room, "--benchmarks")]
     fits = [i for i in range(len(problems)) if ids[i] is not None]
     completions, step = [[[]] * samples for _ in problems], max(1, batch // samples)
     for start in tqdm(range(0, len(fits), step), desc=title, disable=title is None):
@@ -255,9 +252,7 @@ def run(o):
             title = f"{model[-30:]} {Path(benchmark).stem}"
             found = [settings | evaluate(*policy, problems[benchmark], **asked, batch=o.batch, title=title)]
             stored += found
-            whole = o.out.with_suffix(".json.tmp")
-            whole.write_text(json.dumps({"results": stored}, indent=1), encoding="utf-8")
-            whole.replace(o.out)  # the file is written whole or not at all
+            write_json(o.out, {"results": stored})
         shown.append(found[0])
     print(f"{table(shown)}\n\nfigures and completions: {o.out}")
 

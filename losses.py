@@ -41,12 +41,9 @@ def grpo_advantages(r, lengths, eps):
 
 
 def dr_grpo_advantages(r, lengths, eps):
-    """r - mean of the group (Dr. GRPO, arXiv 2503.20783): dividing by std favours problems nearly always or
-    never solved.
+    """r - mean of the group (Dr. GRPO, arXiv 2503.20783): std favours problems nearly always or never solved.
 
-    Its other half, a constant instead of each completion's length as divisor, is in `aggregate`, for all
-    estimators: N is one number for the whole mini-batch, so a token weighs the same in a long completion and
-    in a short one.
+    Its other half, one divisor for completions of any length, is in `aggregate`, for all estimators.
     """
     return r - r.mean(1, keepdim=True)
 
@@ -58,8 +55,7 @@ def rloo_advantages(r, lengths, eps):
 
 
 def reinforce_pp_advantages(r, lengths, eps):
-    """(r - mean) / std, both over all tokens of all groups (REINFORCE++, arXiv 2501.03262): the batch is the
-    baseline.
+    """(r - mean) / std over all tokens of all groups, the baseline (REINFORCE++, arXiv 2501.03262).
 
     Without discount and without a KL term in the reward, the return of each token is its completion's reward,
     so a completion counts by its length (P, G) in mean and std.
@@ -135,8 +131,7 @@ class Loss:
 
 
 def grpo(t, o):
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) with group advantages (arXiv 2402.03300, eq.
-    3, no KL).
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (arXiv 2402.03300, eq. 3, without its KL).
 
     The ratio corrects for the updates since sampling. The clip removes the gradient of a token whose
     probability has already moved far enough in the direction of its advantage.
@@ -260,20 +255,10 @@ def entrocraft(t, o):
     return replace(grpo(t, o), selected=kept, kept=kept)
 
 
-METHODS = {
-    "grpo": grpo,
-    "clip_higher": clip_higher,
-    "clip_cov": clip_cov,
-    "kl_cov": kl_cov,
-    "entropy_bonus": entropy_bonus,
-    "kl_ref": kl_ref,
-    "high_entropy": high_entropy,
-    "low_entropy": low_entropy,
-    "cw_grpo": cw_grpo,
-    "opefo": opefo,
-    "adaptive_entropy": adaptive_entropy,
-    "entrocraft": entrocraft,
-}
+METHODS = {method.__name__: method for method in (
+    grpo, clip_higher, clip_cov, kl_cov, entropy_bonus, kl_ref, high_entropy, low_entropy, cw_grpo, opefo,
+    adaptive_entropy, entrocraft,
+)}  # fmt: skip
 NEED_REFERENCE = {"kl_ref", "prime"}  # they compare with the starting policy, which stays in memory
 
 

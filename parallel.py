@@ -104,20 +104,6 @@ def share(function, *lists):
     return whole
 
 
-def interleave(mine, counts):
-    """Whole blocks of `counts` rows on all n processes. `mine`: rows rank, rank + n, ... of each block."""
-    n = world()[1]
-    if n == 1 or not mine:
-        return mine
-    shares = [-(-count // n) for count in counts]  # padded to as many rows for each process
-    part = mine[0].new_zeros(sum(shares), *mine[0].shape[1:])
-    for own, room in zip(mine, part.split(shares)):
-        room[: len(own)] = own
-    parts = [torch.empty_like(part) for _ in range(n)]
-    dist.all_gather(parts, part)
-    return [rows.flatten(0, 1)[:count] for rows, count in zip(torch.stack(parts, 1).split(shares), counts)]
-
-
 def sum_gradients(model):
     """Adds up the gradients of all processes. The loss is one mean over all tokens, so nothing is divided."""
     parcels = [[]]
@@ -163,11 +149,9 @@ def listen():
 
 
 def whole_state(part):
-    """The state_dict of a model or optimizer; of a sharded optimizer, on rank 0, with the moments of all
-    processes.
+    """The state_dict of a model or optimizer; of a sharded one, on rank 0, with the moments of all processes.
 
-    Its own consolidate_state_dict sends a list of bytes, 58 ns for each: most of an hour for 7 billion
-    parameters.
+    Its own consolidate_state_dict sends a list of bytes, 58 ns each: most of an hour for 7B parameters.
     """
     if not hasattr(part, "optim"):
         return part.state_dict()
@@ -202,16 +186,8 @@ def micro_batches(prompts, completions, tokens, rows):
     return [group for group in groups if group]
 
 
-def autocast(o):
-    """With --precision bf16, products in bf16. The parameters stay in fp32: in bf16 small updates would round
-    away.
-    """
-    return torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16")
-
-
 def score(model, batch, temperature, o):
-    """Log-prob and entropy of every completion token: two tensors (B, T) on the CPU, the same on all
-    processes.
+    """Log-probs and entropies of all completion tokens: two (B, T) on the CPU, the same on all processes.
 
     batch has .prompts and .completions, lists of B lists of token ids. No gradient is kept.
     """
@@ -230,13 +206,16 @@ def score_each(model, batches, temperature, o):
         scores = torch.zeros(len(batch.prompts), 2, width)
         for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows.tolist()):
             prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with autocast(o):
+            # Products in bf16; the parameters stay in fp32, for in bf16 small updates would round away.
+            with torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16"):
                 logp, ent = entropies.score(model, prompts, completions, temperature)
             scores[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
         mine.append(scores[rows])
-    whole = interleave(mine, [len(first) for first, _ in kinds])
-    results = []
-    for batch, (_, place), scores in zip(batches, kinds, whole):
+    every, results = gather(mine), []
+    for i, (batch, (first, place)) in enumerate(zip(batches, kinds)):
+        scores = torch.empty(len(first), 2, width)
+        for r in range(n):
+            scores[r::n] = every[r][i]
         results.append(tuple(scores[place, :, : max(map(len, batch.completions))].unbind(1)))
     return results
 
@@ -250,15 +229,14 @@ def backward(model, batch, dlogp, dentropy, o):
     with recomputation(model):
         for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows):
             prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with autocast(o):
+            with torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16"):
                 entropies.backward(model, prompts, completions, dlogp[group], dentropy[group], o.temperature)
     sum_gradients(model)
 
 
 @contextlib.contextmanager
 def recomputation(model):
-    """After `model.gradient_checkpointing_enable()`: layers keep only their input, and backward computes them
-    again.
+    """After `model.gradient_checkpointing_enable()`: layers keep their input, backward computes them again.
 
     transformers does so only for a layer in training mode. What is inside stays in eval mode: no dropout.
     """

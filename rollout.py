@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils.logging import disable_progress_bar
 
-from data import UserError
+from data import UserError, one_line
 
 # ---------------------------------------------------------------- loading
 
@@ -58,8 +58,7 @@ def load_policy(name, device="cpu", dtype=torch.float32):
     except UserError as error:
         raise UserError(f"--model {name}: {error}") from None
     except Exception as error:  # a damaged file of a checkpoint makes the libraries raise anything
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {name}: not a checkpoint that loads and runs here: {what}") from error
+        raise UserError(f"--model {name}: no checkpoint that runs here: {one_line(error)}") from error
     return model.to(device), tokenizer, eos_ids
 
 
@@ -307,7 +306,7 @@ def record_and_compare(rows, n, key, step):
         if agree < 0.9:  # a recording may use other kernels, whose rounding changes a token here and there
             problem = "a recorded step draws other tokens"
     except RuntimeError as error:
-        problem = (str(error) or type(error).__name__).splitlines()[0]
+        problem = one_line(error)
     if problem:
         print(f"warning: sampling goes on without CUDA graphs, more slowly: {problem}", file=sys.stderr)
         del RECORD[rows.state.device.type]
@@ -320,14 +319,9 @@ def record_and_compare(rows, n, key, step):
 
 
 def seeded(*key):
-    """A CPU generator that depends on the key alone, so that no state has to be saved."""
+    """A CPU generator that depends on the key alone, such as (seed, step, purpose): no state to be saved."""
     digest = sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def uniforms(prompts, n, max_new_tokens, generator=None):
-    """The random numbers of a call to `sample`: (prompts, n, max_new_tokens), on the CPU."""
-    return torch.rand(prompts, n, max_new_tokens, generator=generator)
 
 
 @torch.inference_mode()
@@ -346,7 +340,7 @@ def sample(model, prompts, n, max_new_tokens, temperature, eos_ids, generator=No
         raise ValueError("a prompt has no tokens")
     device, R, T = model.device, len(prompts) * n, max_new_tokens
     if noise is None:
-        noise = uniforms(len(prompts), n, T, generator)
+        noise = torch.rand(len(prompts), n, T, generator=generator)
 
     # Prefill. Padding stands on the right, where causal attention never looks.
     lengths, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))

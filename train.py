@@ -109,7 +109,7 @@ def step(policy, problems, number, o):
     updates = []
     strength = max(0.0, 1 - (number - 1) / o.anneal) if o.anneal else 1.0
     for n in range(o.passes * len(batches)):
-        choice = generator(o, f"{number}.{n}", "select")
+        choice = rollout.seeded(o.seed, f"{number}.{n}", "select")
         updates.append(update(policy, batches[n % len(batches)], choice, strength, n == 0, o))
 
     logs = [log for *_, log in updates]
@@ -123,11 +123,6 @@ def step(policy, problems, number, o):
     return metrics | {"seconds": seconds | {"total": sum(seconds.values())}}, samples
 
 
-def generator(o, step, purpose):
-    """A CPU generator. All randomness follows from (seed, step, purpose); no state has to be saved."""
-    return rollout.seeded(o.seed, step, purpose)
-
-
 def problems_of_step(problems, rounds, o):
     """The problems of a step that `rounds` rounds of o.prompts problems came before.
 
@@ -139,7 +134,8 @@ def problems_of_step(problems, rounds, o):
     for i in range(first, first + count):
         epoch, place = divmod(i, len(problems))
         if epoch not in order:
-            order[epoch] = torch.randperm(len(problems), generator=generator(o, epoch, "order")).tolist()
+            generator = rollout.seeded(o.seed, epoch, "order")
+            order[epoch] = torch.randperm(len(problems), generator=generator).tolist()
         chosen.append(problems[order[epoch][place]])
     return chosen
 
@@ -171,7 +167,8 @@ def collect(policy, problems, number, o, lap):
 
 def draw_rollouts(policy, prompts, number, o):
     """o.samples completions of each prompt, as one list. The random numbers belong to prompt and sample."""
-    noise = rollout.uniforms(len(prompts), o.samples, o.max_new_tokens, generator(o, number, "sample"))
+    generator = rollout.seeded(o.seed, number, "sample")
+    noise = torch.rand(len(prompts), o.samples, o.max_new_tokens, generator=generator)
     at_once = max(1, o.sample_batch // o.samples)
     return sample(policy, prompts, list(noise), o.samples, o.temperature, at_once, o)
 
@@ -275,8 +272,8 @@ def load(o, source=None):
     room = context - o.max_new_tokens
     if room <= 0:
         raise UserError(f"--max-new-tokens {o.max_new_tokens}: takes less than the {context} of the model")
-    held_out = encode(tokenizer, held_out, room, f"--eval-data {o.eval_data}")
-    encoded = encode(tokenizer, train, min(o.max_prompt_tokens, room), f"--data {o.data}")
+    held_out = data.encode_problems(tokenizer, held_out, room, f"--eval-data {o.eval_data}")
+    encoded = data.encode_problems(tokenizer, train, min(o.max_prompt_tokens, room), f"--data {o.data}")
     problems = [(ids, answer) for ids, answer in encoded if ids]
     if not problems:
         raise UserError(f"--model {o.model}: its tokenizer and chat template leave nothing of a prompt")
@@ -300,15 +297,6 @@ def load(o, source=None):
     return policy, problems, held_out
 
 
-def encode(tokenizer, problems, most, option):
-    """[(prompt ids, or None if they are more than `most`; answer), ...]. `option` is named in errors."""
-    try:
-        ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], most)
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from error
-    return list(zip(ids, [answer for _, answer in problems]))
-
-
 def sampling_copy(model, o):
     """What samples: with --precision bf16 a copy, since reading the weights takes most of the time."""
     if o.precision == "fp32":
@@ -330,7 +318,8 @@ def recompute(model, o):
 def evaluate(policy, held_out, n, temperature, o):
     """Rewards of n completions of each held-out problem: (P, n). A prompt that does not fit scores 0."""
     fits = [i for i, (ids, _) in enumerate(held_out) if ids]
-    noise = [rollout.uniforms(1, n, o.max_new_tokens, generator(o, i, "evaluate"))[0] for i in fits]
+    own = [rollout.seeded(o.seed, i, "evaluate") for i in fits]
+    noise = [torch.rand(n, o.max_new_tokens, generator=generator) for generator in own]
     at_once = max(1, min(512, o.sample_batch) // n)
     completions = sample(policy, [held_out[i][0] for i in fits], noise, n, temperature, at_once, o)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)

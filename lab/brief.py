@@ -22,7 +22,7 @@ import parallel
 import reward
 import rollout
 import train
-from data import UserError, encode_prompts
+from data import UserError, encode_problems
 
 CHATS, SAMPLES = 128, 4  # problems, answers of each
 BATCH, LR = 16, 2e-5  # completions a step; AdamW
@@ -82,8 +82,8 @@ def own_answers(model, tokenizer, eos_ids, asked, seed):
 
 def learn(model, tokenizer, kept, rng, o):
     """One pass over the answers: the mean log-prob of a batch's tokens rises."""
-    prompts = encode_prompts(tokenizer, [ask(expression) for expression, _ in kept], 10**6)
-    rows = list(zip(prompts, [completion for _, completion in kept]))
+    asked = [(ask(expression), completion) for expression, completion in kept]
+    rows = encode_problems(tokenizer, asked, 10**6, "--model")
     rng.shuffle(rows)
     optimizer = parallel.adamw(model, LR)
     for i in tqdm(range(0, len(rows), BATCH), "learning"):

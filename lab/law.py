@@ -65,11 +65,11 @@ def markdown(head, rows):
 # ---------------------------------------------------------------- the law of one run
 
 
-def points(steps, key="reward", run="the run"):
-    """(H, R) of the steps that have both: (N,) each, float64. UserError for too few, or a constant H."""
-    known = [(s["entropy"], s[key]) for s in steps if s.get("entropy") is not None and s.get(key) is not None]
+def points(steps, run="the run"):
+    """(H, R) of the steps: (N,) each, float64. UserError for too few, or a constant H."""
+    known = [(s["entropy"], s["reward"]) for s in steps if None not in (s["entropy"], s["reward"])]
     if len(known) < 2 * WIDTH:
-        raise UserError(f"{run}: {len(known)} steps have entropy and {key}; a fit needs {2 * WIDTH}")
+        raise UserError(f"{run}: {len(known)} steps have an entropy; a fit needs {2 * WIDTH}")
     H, R = torch.tensor(known, dtype=torch.float64).T
     if H.min() == H.max():
         raise UserError(f"{run}: the entropy never changes, so there is nothing to fit")
@@ -215,7 +215,7 @@ def tables(found):
         cells = ["-" if x is None else number(x["mean"], x["interval"]) for x in w.values()]
         above_rows.append([label, w["end"]["runs"], *cells])
     forms, parts = [f"R^2, {name}" for name in FORMS], [f"from {part:.0%}" for part in EARLY]
-    text = f"Made by lab/law.py: R = -a exp(H) + b, R is the {found['of']}; 95% intervals.\n\n"
+    text = "Made by lab/law.py: R = -a exp(H) + b, R is the reward; 95% intervals.\n\n"
     text += markdown(["run", "entropy, first", "last", "to the baseline's", "reward", "held-out, greedy",
                       "sampled", "steps with covariance > 0"], runs)  # fmt: skip
     text += "\n" + markdown(["run", "b", "a", "ceiling", *forms], fits)
@@ -260,15 +260,14 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py")
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="runs of the baseline")
-    parser.add_argument("--of", default="reward", metavar="KEY", help="R in metrics.jsonl (default reward)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where to write (default figures)")
     o = parser.parse_args()
-    found = {"of": o.of, "runs": {}, "baseline": None, "fits": {}, "forecasts": {}, "above": {}}
+    found = {"runs": {}, "baseline": None, "fits": {}, "forecasts": {}, "above": {}}
     groups, baseline = {}, []
     try:
         read = {run: plot.read_run(run) for run in [*o.against, *o.runs]}
         for run, (config, steps) in read.items():
-            H, R = points(steps, o.of, run)
+            H, R = points(steps, run)
             found["runs"][run] = course(steps)
             found["fits"][run] = fit([(H, R)])
             found["forecasts"][run] = [*(forecast(H, R, part) for part in EARLY), last_tenth(R).mean().item()]

@@ -14,7 +14,6 @@ colours.
 import argparse
 import base64
 import json
-import math
 from html import escape
 from pathlib import Path
 from string import Template
@@ -98,16 +97,10 @@ def read_samples(run_dir):
 
 
 def token_values(line):
-    """[(token, {quantity: number})] of a line of samples.jsonl. What is not a finite number becomes None."""
-    rows = []
+    """[(token, {quantity: number or None})] of a line of samples.jsonl."""
     columns = zip(line["tokens"], line["entropy"], line["covariance"], line["advantage"], strict=True)
-    for i, (token, entropy, covariance, advantage) in enumerate(columns):
-        values = {"entropy": entropy, "covariance": covariance, "advantage": advantage}
-        for key, value in values.items():
-            if value is not None and not math.isfinite(value):
-                values[key] = None
-        rows.append((token, values | {"selected": 1 if i in line["selected"] else 0}))
-    return rows
+    return [(token, {"entropy": H, "covariance": c, "advantage": A, "selected": int(i in line["selected"])})
+            for i, (token, H, c, A) in enumerate(columns)]  # fmt: skip
 
 
 def largest(samples):
@@ -124,15 +117,11 @@ def visible(text):
     return escape(text.translate(SIGNS))
 
 
-def number(value):
-    """Three digits, or a dash for None."""
-    return "-" if value is None else f"{value:.3g}"
-
-
 def token_html(token, values, scale):
     """One token: its colours as CSS properties between -1 and 1, its values in the title."""
     style = ";".join(f"--{key[0]}:{(values[key] or 0) / scale[key]:.3g}" for key in QUANTITIES)
-    title = ", ".join(f"{key} {number(values[key])}" for key in ("entropy", "covariance", "advantage"))
+    known = {key: "-" if values[key] is None else f"{values[key]:.3g}" for key in QUANTITIES}
+    title = ", ".join(f"{key} {known[key]}" for key in ("entropy", "covariance", "advantage"))
     name = "t"
     if values["selected"]:
         title += ", selected"

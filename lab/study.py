@@ -175,14 +175,6 @@ def starting_policy(folder):
             "pass@32": sampled["pass"]["32"]}  # fmt: skip
 
 
-def collapse(entropy):
-    """The first step (from 0) whose entropy is at most a tenth of the first one, or None."""
-    for step, H in enumerate(entropy):
-        if H <= entropy[0] / 10:
-            return step
-    return None
-
-
 def top_fifth(samples):
     """The share of all entropy that the fifth of the tokens with the highest entropy holds (2506.01939)."""
     entropy = sorted((H for line in samples for H in line["entropy"]), reverse=True)
@@ -200,7 +192,8 @@ def measure(run_dir, baseline=None):
     """The figures of one run. baseline: those of the baseline with the same seed; None: the run is one."""
     steps, final = plot.read_run(run_dir)[1], json.loads((run_dir / "final.json").read_text())
     entropy, samples = [line["entropy"] for line in steps], read_samples(run_dir)
-    figures = {"first": entropy[0], "fell": collapse(entropy), "window": None, "ratio": None,
+    fell = next((step for step, H in enumerate(entropy) if H <= entropy[0] / 10), None)  # to a tenth
+    figures = {"first": entropy[0], "fell": fell, "window": None, "ratio": None,
                "last": fmean(entropy[-10:]), "accuracy": final["accuracy"],
                "top fifth": top_fifth([line for line in samples if line["step"] <= WINDOW]),
                "sampled": final["accuracy_sampled"], "pass@32": final["pass_at"]["32"]}  # fmt: skip

@@ -26,6 +26,10 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 from arithmetic import anywhere, chain_of_thought, correct, leftmost, problems
 
 VOCABULARY = ["<|pad|>", "<|endoftext|>", *"0123456789", *"+*=}"]
+HIDDEN, LAYERS = 64, 2
+STEPS = {"skills": 2400, "habits": 600}
+PEAK = {"skills": 3e-3, "habits": 1e-3}  # learning rate of AdamW, cosine to 0
+BATCH = 128  # chains of thought
 SKILLS = 0.4, 0.4  # shares of the right strategy and of any pair in phase 1
 
 
@@ -40,12 +44,12 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(hidden, layers, seed):
+def make_model():
     """A narrow Qwen2 with random weights: four attention heads, two heads of keys and values."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(VOCABULARY) + 1, hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        vocab_size=len(VOCABULARY) + 1, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
@@ -53,19 +57,18 @@ def make_model(hidden, layers, seed):
     return model
 
 
-def example(rng, prompts, shares, slip):
-    """One (prompt, completion) from a mixture of strategies; shares: those of `correct` and `anywhere`."""
-    prompt, (right, wander) = rng.choice(prompts), shares
-    strategy = rng.choices((correct, anywhere, leftmost), (right, wander, 1 - right - wander))[0]
-    return prompt, chain_of_thought(prompt, strategy, slip, rng)
+def batch(rng, tokenizer, prompts, shares, slip):
+    """Token ids (B, T) and labels (B, T), -100 on prompt and padding; the end of sequence is a label.
 
-
-def batch(rng, tokenizer, prompts, size, shares, slip):
-    """Token ids (B, T) and labels (B, T), -100 on prompt and padding; the end of sequence is a label."""
-    rows = []
-    for prompt, completion in (example(rng, prompts, shares, slip) for _ in range(size)):
-        prompt, completion = (tokenizer(text)["input_ids"] for text in (prompt, completion))
-        rows.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
+    The chains are a mixture of strategies; shares: those of `correct` and `anywhere`.
+    """
+    rows, (right, wander) = [], shares
+    for _ in range(BATCH):
+        prompt = rng.choice(prompts)
+        strategy = rng.choices((correct, anywhere, leftmost), (right, wander, 1 - right - wander))[0]
+        chain = chain_of_thought(prompt, strategy, slip, rng)
+        prompt, chain = (tokenizer(text)["input_ids"] for text in (prompt, chain))
+        rows.append((prompt + chain + [tokenizer.eos_token_id], len(prompt)))
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
     labels = torch.tensor([[-100] * p + ids[p:] + [-100] * (width - len(ids)) for ids, p in rows])
@@ -77,13 +80,6 @@ def command_line():
     parser = argparse.ArgumentParser(prog="python -m lab.warmstart", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for name, kind, default, text in (
-        ("seed", int, 0, "seed of weights and data"),
-        ("hidden", int, 64, "hidden size"),
-        ("layers", int, 2, "layers"),
-        ("skill-steps", int, 2400, "steps of phase 1"),
-        ("habit-steps", int, 600, "steps of phase 2"),
-        ("batch", int, 128, "chains of thought per step"),
-        ("lr", float, 3e-3, "peak learning rate of AdamW, cosine to 0; a third of it in phase 2"),
         ("share", float, 0.0005, "share of the right strategy in phase 2"),
         ("wander", float, 0.01, "share of chains that join any pair in phase 2"),
         ("slip", float, 0.2, "probability that a result is a wrong digit"),
@@ -93,9 +89,10 @@ def command_line():
     return parser.parse_args()
 
 
-def train(model, tokenizer, prompts, phase, steps, peak, o):
-    """One phase: `steps` steps of supervised learning, in place."""
-    rng = random.Random(f"warmstart/{o.seed}/{phase}")
+def train(model, tokenizer, prompts, phase, o):
+    """One phase of supervised learning, in place."""
+    steps, peak = STEPS[phase], PEAK[phase]
+    rng = random.Random(f"warmstart/0/{phase}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0, fused=True)
     progress = tqdm(range(steps), desc=phase)
     for step in progress:
@@ -104,7 +101,7 @@ def train(model, tokenizer, prompts, phase, steps, peak, o):
             group["lr"] = peak * min(1, (step + 1) / 50) * cosine
         fade = min(1.0, 2 * step / steps) if phase == "habits" else 0.0
         shares = [a ** (1 - fade) * b**fade for a, b in zip(SKILLS, (o.share, o.wander))]  # geometrically
-        ids, labels = batch(rng, tokenizer, prompts, o.batch, shares, fade * o.slip)
+        ids, labels = batch(rng, tokenizer, prompts, shares, fade * o.slip)
         logits = model(ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
@@ -118,10 +115,10 @@ def train(model, tokenizer, prompts, phase, steps, peak, o):
 def main():
     o = command_line()
     prompts = [prompt for prompt, _ in problems("warmstart", 40_000)]
-    tokenizer, model = make_tokenizer(), make_model(o.hidden, o.layers, o.seed)
+    tokenizer, model = make_tokenizer(), make_model()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, tokenizer, prompts, "skills", o.skill_steps, o.lr, o)
-    train(model, tokenizer, prompts, "habits", o.habit_steps, o.lr / 3, o)
+    for phase in STEPS:
+        train(model, tokenizer, prompts, phase, o)
     model.save_pretrained(o.out)
     tokenizer.save_pretrained(o.out)
     print(f"wrote {o.out}")

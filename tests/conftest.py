@@ -1,5 +1,6 @@
 """What the tests share: one thread, no network, no GPU, seeds, narrow random models, the chi-square test."""
 
+import json
 import os
 import pathlib
 import random
@@ -44,7 +45,8 @@ def qwen_tokenizer(shared):
     return shared / "qwen-tokenizer"
 
 
-def _narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **config):
+def narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **config):
+    """A narrow model of an architecture of transformers, with random weights."""
     import transformers
 
     shape = dict(
@@ -63,23 +65,17 @@ def _narrow(architecture="Qwen2", dtype=torch.float32, vocab_size=24, seed=0, **
     return model.to(dtype).eval()
 
 
-@pytest.fixture(scope="session")
-def narrow():
-    """narrow("Qwen3", torch.float64, vocab_size=5, seed=1, ...) makes a narrow model with random weights."""
-    return _narrow
-
-
 @pytest.fixture
 def model():
     """A narrow Qwen2 with random weights and a vocabulary of 24, in float64."""
-    return _narrow(dtype=torch.float64)
+    return narrow(dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")
 def qwen_checkpoint(qwen_tokenizer, tmp_path_factory):
     """A folder like Qwen2.5's: its tokenizer and generation config, but narrow and with random weights."""
     folder = tmp_path_factory.mktemp("qwen")
-    _narrow(
+    narrow(
         vocab_size=151936, hidden_size=16, intermediate_size=32, head_dim=4, tie_word_embeddings=True,
         initializer_range=0.02, pad_token_id=None, eos_token_id=151645,
     ).save_pretrained(folder)  # fmt: skip
@@ -88,7 +84,7 @@ def qwen_checkpoint(qwen_tokenizer, tmp_path_factory):
     return folder
 
 
-def _chi_square(observed, expected):
+def chi_square(observed, expected):
     """p-value of counts (K,) against those expected (K,); cells that expect fewer than 5 become one."""
     observed, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (observed, expected))
     assert torch.isclose(observed.sum(), expected.sum(), rtol=1e-6)
@@ -103,14 +99,42 @@ def _chi_square(observed, expected):
     return torch.special.gammaincc(freedom, statistic / 2).item()
 
 
-@pytest.fixture(scope="session")
-def chi_square():
-    return _chi_square
-
-
 def subprocess_of(*argv, launcher=(), **more):
     """`python train.py ...` as a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, ROOT / "train.py", *argv]
     more |= {"capture_output": True, "text": True, "timeout": 500, "env": environment}
     return subprocess.run(list(map(str, command)), **more)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(main, argument, ...) within this process: (exit status, standard output, standard error)."""
+
+    def run(main, *argv):
+        monkeypatch.setattr(sys, "argv", [sys.modules[main.__module__].__file__, *map(str, argv)])
+        capsys.readouterr()
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+        return status or 0, *capsys.readouterr()
+
+    return run
+
+
+def metrics(folder):
+    """The lines of a run's metrics.jsonl without their seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def plain_scores(model, prompts, completions, temperature):
+    """Log-probs and entropies (B, T), one row at a time without padding, from whole logits."""
+    logp, H = [], []
+    for p, c in zip(prompts, completions):
+        logits = model(torch.tensor([p + c], device=model.device)).logits[0, len(p) - 1 : -1]
+        every = torch.log_softmax(logits / temperature, -1)
+        logp.append(every.gather(1, torch.tensor(c, device=model.device)[:, None])[:, 0])
+        H.append(torch.special.entr(every.exp()).sum(-1))
+    return (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (logp, H))

@@ -77,12 +77,6 @@ def test_each_line_of_a_chain_joins_one_pair_and_the_last_is_the_boxed_answer(se
             assert strategy is not correct or evaluate(before) == evaluate(after)
 
 
-def test_anywhere_joins_every_pair_equally_often():
-    rng = random.Random(0)
-    first = [chain_of_thought("1+2*3+4=", anywhere, rng=rng)[:5] for _ in range(3000)]
-    assert all(900 < first.count(line) < 1100 for line in ("3*3+4", "1+6+4", "1+2*7"))
-
-
 def test_a_slip_changes_the_result_of_a_step_alone_and_comes_as_often_as_asked(sets):
     rng, slips = random.Random(0), 0
     for prompt in sets["train"]:

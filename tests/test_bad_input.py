@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -146,17 +145,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
+def main(command):
     """`python train.py ...` within this process: (exit status, standard output, standard error)."""
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--method", "kl_cov", *SMALL, "--out", "run", *argv])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            train.main()
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+    return lambda *argv: command(train.main, "--method", "kl_cov", *SMALL, "--out", "run", *argv)
 
 
 def tree(folder):

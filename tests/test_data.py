@@ -80,12 +80,6 @@ def test_training_problems_that_are_held_out_are_dropped_and_counted(shared):
     assert [prompt for prompt, _ in kept] == ["6+1*3=", "计算一"]
 
 
-def test_embedded_sets_are_disjoint_and_carry_no_instruction():
-    train, held_out = load_problems("arithmetic", limit=200), load_problems("arithmetic_heldout")
-    assert (len(train), len(held_out)) == (200, 512) and data.drop_overlap(train, held_out)[1] == 0
-    assert all(prompt.endswith("=") for prompt, _ in train + held_out)
-
-
 # Rows as they occur in the wild.
 
 ROWS = {
@@ -276,25 +270,21 @@ def tokenizer(qwen_tokenizer):
     return AutoTokenizer.from_pretrained(qwen_tokenizer)
 
 
+def encode(tokenizer, *prompts):
+    """The prompts, each with its place as gold, in at most 30 tokens."""
+    problems = [(prompt, str(i)) for i, prompt in enumerate(prompts)]
+    return data.encode_problems(tokenizer, problems, 30, "--data FILE")
+
+
 def test_prompts_go_through_the_chat_template_of_the_tokenizer(tokenizer):
-    first, second = data.encode_prompts(tokenizer, ["p?", "What is 1+1?"], 100)
+    (first, _), (second, gold) = encode(tokenizer, "p?", "What is 1+1?")
+    assert gold == "1"
     assert tokenizer.decode(first).endswith("<|im_start|>user\np?<|im_end|>\n<|im_start|>assistant\n")
     assert all(type(i) is int for i in first) and tokenizer.decode(second).count("<|im_start|>") == 3
 
 
 def test_prompts_that_are_too_long_are_none_and_an_error_if_all_are(tokenizer):
-    assert data.encode_prompts(tokenizer, ["p?", "p " * 100], 30)[1] is None
-    assert data.encode_prompts(tokenizer, ["p " * 100], 30, refuse=False) == [None]
-    with pytest.raises(UserError, match="all prompts are longer than 30 tokens: the shortest has 1"):
-        data.encode_prompts(tokenizer, ["p " * 100], 30)
-
-
-def test_tokenizer_without_a_chat_template_is_named(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(UserError, match="no chat template that accepts a user message"):
-        data.encode_prompts(tokenizer, ["p?"], 10)
-
-
-def test_demonstration_shows_a_prompt_and_its_gold_in_at_most_25_lines():
-    done = subprocess.run([sys.executable, ROOT / "data.py"], capture_output=True, text=True)
-    assert done.returncode == 0 and "gold" in done.stdout and len(done.stdout.splitlines()) <= 25
+    assert encode(tokenizer, "p?", "p " * 100)[1] == (None, "1")
+    said = "--data FILE: all prompts are longer than 30 tokens: the shortest has 1"
+    with pytest.raises(UserError, match=said):
+        encode(tokenizer, "p " * 100)

@@ -16,7 +16,7 @@ import sys
 
 import pytest
 import torch
-from conftest import _narrow
+from conftest import narrow
 
 import entropy
 import rollout
@@ -103,7 +103,7 @@ MISTAKES = {
 def outcomes():
     """The outcome of each check and of each mistake, by name."""
     checks = [(scoring,), (updating,), (decoding,), *((decoding, mistake) for mistake in MISTAKES)]
-    models, found = [_narrow() for _ in checks], {}
+    models, found = [narrow() for _ in checks], {}
     device, mode = pretended()
     for (check, *spoil), model in zip(checks, models):
         name = (spoil or [check])[0].__name__

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import narrow, plain_scores
 
 import entropy as entropy_module
 from entropy import cross_entropy, entropy, fit_law, kl_divergence, score
@@ -70,16 +71,6 @@ COMPLETIONS = [[2, 6, EOS], [5, EOS, 3, 5, 8, 9, EOS], [EOS], [1, 2, 3, 4, 5]]  
 MASK = torch.arange(7) < torch.tensor([3, 7, 1, 5])[:, None]
 
 
-def plain(model, temperature=1.0):
-    """Log-probs and entropies (2, 4, 7), one row at a time without padding, from whole logits."""
-    both = torch.zeros(2, 4, 7, dtype=torch.float64)
-    for i, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS)):
-        logp = torch.log_softmax(model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] / temperature, -1)
-        both[0, i, : len(c)] = logp.gather(1, torch.tensor(c)[:, None])[:, 0]
-        both[1, i, : len(c)] = torch.special.entr(logp.exp()).sum(-1)
-    return both
-
-
 def weights():
     """dL/dlogp and dL/dH (2, 4, 7), different for every token, zero where none is."""
     return torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0)).masked_fill(~MASK, 0)
@@ -100,11 +91,12 @@ def assert_close(these, those):
 @pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama", "Mistral"])
 @pytest.mark.parametrize("tokens, temperature", [(1, 1.0), (3, 0.6), (15, 1.0), (16, 0.6)])
 def test_scores_and_gradients_are_those_of_the_full_softmax_for_chunks_of_any_size(
-    narrow, monkeypatch, architecture, tokens, temperature
+    monkeypatch, architecture, tokens, temperature
 ):
     monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 24 * tokens)
     model = narrow(architecture, torch.float64)
-    both, whole = torch.stack(score(model, PROMPTS, COMPLETIONS, temperature)), plain(model, temperature)
+    both = torch.stack(score(model, PROMPTS, COMPLETIONS, temperature))
+    whole = torch.stack(list(plain_scores(model, PROMPTS, COMPLETIONS, temperature)))
     torch.testing.assert_close(both.double(), whole, rtol=1e-5, atol=1e-6)
     assert (both[:, ~MASK] == 0).all() and (both[1, MASK] > 0).all()
     want = gradients(model, whole)
@@ -115,7 +107,7 @@ def test_scores_and_gradients_are_those_of_the_full_softmax_for_chunks_of_any_si
 
 
 @pytest.mark.parametrize("dentropy", [weights()[1], torch.zeros(4, 7)], ids=["with entropy", "without"])
-def test_tokens_that_are_ruled_out_have_a_finite_entropy_in_score_and_backward(narrow, dentropy):
+def test_tokens_that_are_ruled_out_have_a_finite_entropy_in_score_and_backward(dentropy):
     model = narrow("Phi", torch.float64, num_key_value_heads=4)
     with torch.no_grad():
         model.lm_head.bias[12:] = -INF  # as in a pruned vocabulary
@@ -131,7 +123,7 @@ def test_tokens_that_are_ruled_out_have_a_finite_entropy_in_score_and_backward(n
 
 
 @pytest.mark.parametrize("what", ["score", "backward"])
-def test_the_logits_of_all_tokens_are_never_held_but_three_tokens_at_a_time(narrow, monkeypatch, what):
+def test_the_logits_of_all_tokens_are_never_held_but_three_tokens_at_a_time(monkeypatch, what):
     V, chunks, alive = 100, [], []
     model = narrow(vocab_size=V)
     monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 3 * V + V // 2)

@@ -95,7 +95,7 @@ def problems():
 def speak(monkeypatch, policy, problems, say, end=True):
     """Puts in the sampler's place one that answers each prompt with say(gold)."""
     _, tokenizer, eos_ids = policy
-    ids = data.encode_prompts(tokenizer, [prompt for prompt, _ in problems], 10**9)
+    ids = [ids for ids, _ in data.encode_problems(tokenizer, problems, 10**9, "--benchmarks")]
     completions = [tokenizer.encode(say(gold)) + sorted(eos_ids)[:1] * end for _, gold in problems]
     said = dict(zip(map(tuple, ids), completions))
     sample = lambda _, prompts, n, *__, **___: [[said[tuple(prompt)]] * n for prompt in prompts]

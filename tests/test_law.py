@@ -136,14 +136,6 @@ def test_the_command_writes_table_figures_and_picture_of_runs_against_a_baseline
     assert imread(tmp_path / "out" / "law.png").std() > 0.01
 
 
-def test_r_may_be_another_key_such_as_the_held_out_accuracy(make_run, tmp_path):
-    steps = series(sigma=0)
-    for line in steps[::5]:
-        line["accuracy_sampled"] = line["reward"] / 2
-    done = command(make_run("r", steps), "--of", "accuracy_sampled", "--out", tmp_path)
-    assert done.returncode == 0 and "| 0.10 [0.10, 0.10] |" in done.stdout
-
-
 @pytest.mark.parametrize("steps", [series(n=9), [line | {"entropy": 0.5} for line in series()], []])
 def test_what_cannot_be_fitted_is_one_line_that_names_the_run_and_status_2(make_run, tmp_path, steps):
     done = command(make_run("bad", steps), "--out", tmp_path / "out")

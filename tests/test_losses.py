@@ -260,15 +260,6 @@ def test_annealing_takes_from_the_strength_of_what_a_method_adds(strength):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mini_batch_without_signal_has_no_gradient_but_that_of_entropy_bonus_and_kl_ref(method):
-    t = mini_batch()
-    t = tokens(t.logp.detach(), t.old_logp, torch.zeros_like(t.advantages), t.mask)
-    loss, dlogp, dH = push(method, t)
-    assert bool(dlogp.any() or dH.any()) == (method in WITHOUT_SIGNAL)
-    assert method not in ("clip_cov", "kl_cov") or not loss.selected.any()
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_on_the_first_mini_batch_every_method_is_the_policy_gradient_except_where_it_acts(method):
     t = mini_batch(drift=0.0)
     t.ref_logp = t.old_logp  # the first mini-batch of a run

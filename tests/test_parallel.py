@@ -5,7 +5,6 @@ Two real processes (gloo) are started once, by torchrun, with this file as their
 
 import argparse
 import copy
-import json
 import os
 import random
 import subprocess
@@ -13,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, _narrow
+from conftest import metrics, narrow, plain_scores
 from safetensors.torch import load_file
 
 import entropy
@@ -34,17 +33,6 @@ def options(method, **changes):
              " 0.2 --clip-cov-ratio 0.1 --cov-low 0.05 --kl-cov-ratio 0.2 --kl-cov-low 0"
              " --entropy-fraction 0.6").split()
     return argparse.Namespace(**vars(train.options(["--method", method, *words])) | changes)
-
-
-def plain_scores(model, prompts, completions, temperature):
-    """Log-probs and entropies (B, T), one row at a time, in the precision of the model."""
-    logp, H = [], []
-    for p, c in zip(prompts, completions):
-        logits = model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1]
-        every = torch.log_softmax(logits / temperature, -1)
-        logp.append(every.gather(1, torch.tensor(c)[:, None])[:, 0])
-        H.append(-(every.exp() * every).sum(-1))
-    return (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (logp, H))
 
 
 def batch_of(model, o):
@@ -171,7 +159,7 @@ def test_only_rows_with_a_gradient_go_back_through_the_model(model, monkeypatch,
 @pytest.mark.parametrize("architecture, more", [
     ("Qwen2", {}), ("Llama", {}), ("GPTNeoX", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
 ])  # fmt: skip
-def test_gradient_checkpointing_keeps_less_of_each_layer_and_changes_no_gradient(narrow, architecture, more):
+def test_gradient_checkpointing_keeps_less_of_each_layer_and_changes_no_gradient(architecture, more):
     model, o, kept = narrow(architecture, **more), options("entropy_bonus", micro_batch=45), [[], []]
 
     def keeping(numbers):
@@ -184,6 +172,9 @@ def test_gradient_checkpointing_keeps_less_of_each_layer_and_changes_no_gradient
     with keeping(kept[1]):
         gradients, *_, again, _ = update(model, o)
     assert sum(kept[1]) < sum(kept[0]) / 2 and again == log and all(map(torch.equal, gradients, want))
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match="--gradient-checkpointing: --model .* cannot do it"):
+        train.recompute(model, o)
 
 
 # ---------------------------------------------------------------- one process and two
@@ -216,7 +207,7 @@ def learnt(call, guilty, error):
 def work(folder):
     """All that is compared between one process and two: shares, errors, updates and whole runs."""
     rank, n = parallel.world()
-    model, result = _narrow(dtype=torch.float64), {}
+    model, result = narrow(dtype=torch.float64), {}
     done_by = lambda items: [(item, rank) for item in items]
     result["share"] = [parallel.share(done_by, list(range(count))) for count in COUNTS]
     result["errors"] = [
@@ -224,8 +215,6 @@ def work(folder):
         learnt(parallel.together, 0, UserError("no problems")),
         learnt(parallel.leader, 0, OSError(13, "no permission")),
     ]
-    rows = [torch.arange(3.0 * count).view(count, 3)[rank::n] for count in COUNTS]
-    result["rows"] = parallel.interleave(rows, COUNTS)
     result["updates"] = {method: update(model, options(method, micro_batch=45)) for method in METHODS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "PARCEL", 100)  # most gradients travel by themselves
@@ -262,9 +251,8 @@ def several(request, tmp_path_factory):
 def test_processes_divide_the_work_and_all_get_the_whole_in_order(one, several):
     for results in ([one[1]], several[1]):
         for result in results:
-            for count, done, rows in zip(COUNTS, result["share"], result["rows"], strict=True):
+            for count, done in zip(COUNTS, result["share"], strict=True):
                 assert done == [(i, i % len(results)) for i in range(count)]
-                assert torch.equal(rows, torch.arange(3.0 * count).view(count, 3))
 
 
 def test_an_error_of_one_process_is_raised_in_all(one, several):
@@ -293,17 +281,11 @@ def test_several_processes_select_the_same_tokens_and_take_the_same_step_as_one(
             assert agree(result["parcels"], gradients, 1e-12)
 
 
-def lines(run):
-    """metrics.jsonl without its seconds."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_several_processes_has_the_metrics_and_the_policy_of_a_run_of_one(one, several, name):
     mine, theirs = one[0] / name, several[0] / name
-    assert len(lines(mine)) == (3 if name == "sharded" else 2)
-    for a, b in zip(lines(mine), lines(theirs), strict=True):
+    assert len(metrics(mine)) == (3 if name == "sharded" else 2)
+    for a, b in zip(metrics(mine), metrics(theirs), strict=True):
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
     want, got = (load_file(run / "model" / "model.safetensors") for run in (mine, theirs))
     for key in want:
@@ -311,12 +293,12 @@ def test_a_run_of_several_processes_has_the_metrics_and_the_policy_of_a_run_of_o
             torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-4)
     for file in ("final.json", "samples.jsonl"):
         assert (mine / file).read_text().count("\n") == (theirs / file).read_text().count("\n")
-    assert several[2].count(f"See {theirs}/curves.png") == len(lines(theirs)) - 1  # one process speaks
+    assert several[2].count(f"See {theirs}/curves.png") == len(metrics(theirs)) - 1  # one process speaks
 
 
 def test_a_sharded_optimizer_takes_the_steps_of_a_whole_one_and_saves_its_whole_state(several):
     runs = [several[0] / name for name in ("kl_cov", "sharded")]
-    assert lines(runs[1])[:2] == lines(runs[0])
+    assert metrics(runs[1])[:2] == metrics(runs[0])
     files = [torch.load(run / "checkpoint" / "step-2" / "state.pt", weights_only=True) for run in runs]
     whole, sharded = (file["optimizer"]["state"] for file in files)
     assert list(sharded) == list(whole)

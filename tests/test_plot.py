@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,21 +47,6 @@ def axes(run_dirs, monkeypatch):
 def named(axis):
     """The lines that the legend names: {label: line}."""
     return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(argument, ...) runs plot.py; returns exit status, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *arguments])
-        try:
-            status = plot.main()
-        except SystemExit as end:
-            status = end.code
-        return status or 0, *capsys.readouterr()
-
-    return run
 
 
 # ---------------------------------------------------------------- reading
@@ -113,11 +97,6 @@ def test_runs_with_other_options_are_another_experiment_with_its_own_dashes(make
     assert looks[2] == (plot.COLOURS["clip_cov"], looks[0][1])
 
 
-def test_methods_without_a_fixed_colour_get_further_ones():
-    colours = plot.colours(["grpo", "mine", "another", "mine"])
-    assert len(set(colours.values())) == len(colours) == len(plot.COLOURS) + 2
-
-
 # ---------------------------------------------------------------- files and the command line
 
 
@@ -128,7 +107,8 @@ def test_methods_without_a_fixed_colour_get_further_ones():
     {"step": 1, "reward": None, "entropy": None, "covariance": None, "accuracy": None},
 ], ids=["no evaluation", "no entropy left", "nothing but null"])  # fmt: skip
 def test_a_run_that_has_hardly_begun_is_drawn_without_a_warning(make_run, command, line):
-    assert command(make_run("r", [line])) == (0, "r/curves.png\n", "") and Path("r/curves.png").exists()
+    assert command(plot.main, make_run("r", [line])) == (0, "r/curves.png\n", "")
+    assert Path("r/curves.png").exists()
 
 
 @pytest.mark.parametrize("words, file", [
@@ -137,7 +117,7 @@ def test_a_run_that_has_hardly_begun_is_drawn_without_a_warning(make_run, comman
 ])  # fmt: skip
 def test_one_run_is_drawn_into_its_directory_and_several_into_figures_or_out(make_run, command, words, file):
     make_run("a"), make_run("b", method="kl_cov")
-    assert command(*words) == (0, file + "\n", "")
+    assert command(plot.main, *words) == (0, file + "\n", "")
     height, width = imread(file).shape[:2]
     assert width == 2160 and height < width / 2
 
@@ -150,14 +130,14 @@ def test_what_is_no_run_is_passed_over_with_a_word_and_an_error_if_nothing_else_
     Path(make_run("list"), "config.json").write_text("[]")
     others = ["study", "table.md", "begun", "broken", "list", "missing"]
     for name in others:
-        status, out, error = command(name)
+        status, out, error = command(plot.main, name)
         assert status == 2 and not out and error.startswith(f"plot.py: error: {name} ")
-    status, out, error = command(make_run("good"), *others)
+    status, out, error = command(plot.main, make_run("good"), *others)
     assert (status, out) == (0, "good/curves.png\n")
     assert [line.split(": ")[2].split(" ")[0] for line in error.splitlines()] == others
 
 
 def test_an_out_that_cannot_be_a_directory_exits_2_with_one_line_that_names_it(make_run, command):
     Path("file").write_text("")
-    status, out, error = command(make_run("r"), "--out", "file")
+    status, out, error = command(plot.main, make_run("r"), "--out", "file")
     assert status == 2 and not out and error.count("\n") == 1 and "--out" in error

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import _narrow
+from conftest import narrow
 from test_parallel import agree, batch_of, options, plain_scores
 
 import prime
@@ -54,7 +54,7 @@ def prm_and_batch():
     prm = prime.ProcessRewardModel(o)
     prm.optimizer = torch.optim.SGD(prm.model.double().parameters(), lr=1.0)
     batch = batch_of(prm.model, o)
-    reference = _narrow(dtype=torch.float64, vocab_size=prm.model.config.vocab_size)
+    reference = narrow(dtype=torch.float64, vocab_size=prm.model.config.vocab_size)
     logp, _ = plain_scores(reference, batch.prompts, batch.completions, o.temperature)
     batch.ref_logp = logp.detach().float()
     return prm, batch, o

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import subprocess_of
+from conftest import metrics, subprocess_of
 
 import checkpoint
 import data
@@ -83,12 +83,6 @@ def run(out, *argv, at=(), send=signal.SIGKILL, file_size=None):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     said, _, events = said.rpartition("events ") if "events " in said else (said, "", "0")
     return status, said, int(events)
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl without their seconds."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
 def tree(folder):
@@ -290,12 +284,6 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_was(whole, tmp_pa
     monkeypatch.chdir(tmp_path)
     refused(run(out, "--method", "grpo", "--resume"), word)
     assert tree(tmp_path) == before
-
-
-def test_what_is_no_finished_checkpoint_is_not_taken_for_one(tmp_path):
-    for name in ("step-9", "step-10", "step-\u00b2", "step-11.new", "step-", "notes"):
-        (tmp_path / "checkpoint" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-10", "step-9"]
 
 
 def test_a_run_that_another_process_is_at_work_on_is_left_alone(whole, tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, narrow
 
 import entropy
 from lab import brief
@@ -55,9 +55,9 @@ def test_the_problems_of_the_brief_base_have_their_answers_and_differ():
         assert grade(f"\\boxed{{{answer}}}", str(eval(expression.replace("x", "*")))) == 1
 
 
-def test_learning_raises_the_log_prob_of_what_is_taught(narrow, monkeypatch):
+def test_learning_raises_the_log_prob_of_what_is_taught(monkeypatch):
     model = narrow(vocab_size=64)
-    monkeypatch.setattr(brief, "encode_prompts", lambda tokenizer, texts, most: [[1, 2]] * len(texts))
+    monkeypatch.setattr(brief, "encode_problems", lambda _, asked, *__: [([1, 2], c) for _, c in asked])
     kept = [("1 + 1", [5, 6, 7])] * 40 + [("2 + 2", [8, 9])] * 24
     monkeypatch.setattr(brief, "LR", 1e-2)
     before = entropy.score(model, [[1, 2]], [[5, 6, 7]])[0].mean().item()
@@ -66,7 +66,7 @@ def test_learning_raises_the_log_prob_of_what_is_taught(narrow, monkeypatch):
     assert entropy.score(model, [[1, 2]], [[5, 6, 7]])[0].mean().item() > before + 0.01
 
 
-def test_a_model_that_answers_nothing_brief_is_refused(narrow, qwen_tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_model_that_answers_nothing_brief_is_refused(qwen_tokenizer, tmp_path, monkeypatch, capsys):
     shutil.copytree(qwen_tokenizer, tmp_path / "model")
     torch.manual_seed(0)
     narrow(vocab_size=151936, hidden_size=16).save_pretrained(tmp_path / "model")

@@ -9,12 +9,11 @@ import json
 import math
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import subprocess_of
+from conftest import narrow, subprocess_of
 from safetensors.torch import load_file
 
 import data
@@ -23,7 +22,6 @@ import parallel
 import reward
 import rollout
 import train
-from data import UserError
 from losses import METHODS
 from rollout import TINY, load_policy
 
@@ -40,7 +38,7 @@ COUNT = sum(map(len, UNEVEN))
 
 
 @pytest.fixture(scope="module")
-def novice(narrow, tmp_path_factory):
+def novice(tmp_path_factory):
     """A checkpoint folder: the embedded tokenizer and random weights; training problems, a held-out one."""
     folder = tmp_path_factory.mktemp("novice")
     shutil.copytree(TINY, folder, dirs_exist_ok=True)
@@ -292,22 +290,6 @@ def test_the_strength_falls_linearly_to_0_or_is_constant(options, graded, anneal
     assert [step(o, n, loaded)["strength"] for n in range(1, 7)] == expected
 
 
-@pytest.mark.parametrize("method, base", [
-    ("clip_cov", "grpo --clip-low 1 --clip-high 1"), ("entropy_bonus", "grpo"),
-    ("kl_cov", "grpo --clip-low 99 --clip-high 99"),
-])  # fmt: skip
-def test_without_strength_a_method_is_its_base(options, graded, method, base):
-    results = []
-    few = "--cov-low -9 --clip-cov-ratio 0.5 --kl-cov-low 0 --kl-cov-ratio 0.5"
-    for words in (f"{method} --anneal 1 {few}", base):
-        o = options(words, "--passes 2")
-        loaded = train.load(o)
-        metrics = step(o, 2, loaded)  # one step after the end of --anneal 1
-        results.append((metrics["loss"], metrics["grad_norm"], [p.tolist() for p in weights(loaded[0])]))
-        assert metrics["selected"] == 0
-    assert results[0] == results[1]
-
-
 # ---------------------------------------------------------------- problems and randomness
 
 
@@ -411,19 +393,6 @@ def test_with_precision_bf16_products_are_rounded_and_weights_are_not(options, g
     assert torch.nn.functional.cosine_similarity(one, other, 0) > 0.7
 
 
-def test_gradient_checkpointing_changes_nothing_and_a_model_that_cannot_do_it_is_refused(options, graded):
-    results = []
-    for more in ("", "--gradient-checkpointing"):
-        o = options("entropy_bonus", more)
-        loaded = train.load(o)
-        metrics = step(o, 1, loaded)
-        results.append((metrics["grad_norm"], [p.tolist() for p in weights(loaded[0])]))
-    assert results[0] == results[1]
-    loaded[0].model.supports_gradient_checkpointing = False
-    with pytest.raises(UserError, match="--gradient-checkpointing: --model .* cannot do it"):
-        train.recompute(loaded[0].model, o)
-
-
 # ---------------------------------------------------------------- --filter-groups
 
 
@@ -502,18 +471,10 @@ SHORT = (
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
+def main(monkeypatch, command):
     """`python train.py ...` within this process, with few problems: (exit status, output, errors)."""
     monkeypatch.setitem(data.EMBEDDED, "arithmetic", ("train", 64))
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["train.py", *SHORT.split(), *map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            train.main()
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+    return lambda *argv: command(train.main, *SHORT.split(), *argv)
 
 
 def lines(path):
@@ -546,7 +507,7 @@ def check_run(run, method):
         count = len(line["tokens"])
         assert all(len(line[key]) == count for key in ("entropy", "covariance", "advantage"))
         assert all(0 <= i < count for i in line["selected"])
-    assert any(line["selected"] for line in samples) == (method in ("clip_cov", "kl_cov", "low_entropy"))
+    assert any(line["selected"] for line in samples)
 
 
 def test_a_run_as_a_command_of_its_own(tmp_path):
@@ -562,14 +523,6 @@ def test_a_run_as_a_command_of_its_own(tmp_path):
     last, (first, end) = done.stdout.strip().splitlines()[-1], lines(run / "metrics.jsonl")
     assert last.startswith("kl_cov, 2 steps") and "runs/kl_cov-s5/curves.png" in last
     assert f"entropy {first['entropy']:.3f} -> {end['entropy']:.3f} nats" in last
-
-
-@pytest.mark.parametrize("method", ["clip_cov", "kl_ref", "low_entropy"])
-def test_other_methods_write_the_same_run_directory(main, tmp_path, method):
-    more = "--cov-low 0.01 --clip-cov-ratio 0.3 --eval-every 1 --steps 2".split()
-    status, said, _ = main("--method", method, *more, "--out", tmp_path / "run")
-    assert status == 0 and said.strip().splitlines()[-1].startswith(f"{method}, 2 steps")
-    check_run(tmp_path / "run", method)
 
 
 def test_evaluations_come_first_last_and_as_often_as_asked_and_a_run_can_be_overwritten(main, tmp_path):
