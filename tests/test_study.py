@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -105,6 +106,14 @@ def test_tables_and_pictures_follow_from_the_data_alone(file, tmp_path):
     assert study.tables(found) == (ROOT / "results" / f"{file.stem}.md").read_text()
     study.PICTURES.get(file.stem, study.draw_final)(found).savefig(tmp_path / "p.png", dpi=30)
     assert imread(tmp_path / "p.png").std() > 0.01
+
+
+def test_the_floor_is_drawn_at_the_k_and_beta_that_a_run_had():
+    found = json.loads((ROOT / "results" / "data" / "floor.json").read_text())
+    dots = [line.get_xdata()[0] for line in study.draw_floor(found).axes[0].lines if line.get_marker() == "o"]
+    for x, row in zip(dots, found["rows"], strict=True):
+        k, beta = re.findall(r"[\d.]+", row["name"])
+        assert x == pytest.approx(float(k) * float(beta) / row["runs"][0]["|A| there"])
 
 
 def test_the_table_shows_every_seed_with_mean_and_median():
