@@ -186,6 +186,11 @@ def micro_batches(prompts, completions, tokens, rows):
     return [group for group in groups if group]
 
 
+def autocast(o):
+    """With --precision bf16, products in bf16. Parameters stay in fp32, or small updates would round away."""
+    return torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16")
+
+
 def score(model, batch, temperature, o):
     """Log-probs and entropies of all completion tokens: two (B, T) on the CPU, the same on all processes.
 
@@ -206,8 +211,7 @@ def score_each(model, batches, temperature, o):
         scores = torch.zeros(len(batch.prompts), 2, width)
         for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows.tolist()):
             prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            # Products in bf16; the parameters stay in fp32, for in bf16 small updates would round away.
-            with torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16"):
+            with autocast(o):
                 logp, ent = entropies.score(model, prompts, completions, temperature)
             scores[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
         mine.append(scores[rows])
@@ -229,7 +233,7 @@ def backward(model, batch, dlogp, dentropy, o):
     with recomputation(model):
         for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows):
             prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16"):
+            with autocast(o):
                 entropies.backward(model, prompts, completions, dlogp[group], dentropy[group], o.temperature)
     sum_gradients(model)
 

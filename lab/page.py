@@ -120,8 +120,8 @@ def visible(text):
 def token_html(token, values, scale):
     """One token: its colours as CSS properties between -1 and 1, its values in the title."""
     style = ";".join(f"--{key[0]}:{(values[key] or 0) / scale[key]:.3g}" for key in QUANTITIES)
-    known = {key: "-" if values[key] is None else f"{values[key]:.3g}" for key in QUANTITIES}
-    title = ", ".join(f"{key} {known[key]}" for key in ("entropy", "covariance", "advantage"))
+    title = ", ".join(f"{key} -" if values[key] is None else f"{key} {values[key]:.3g}"
+                      for key in ("entropy", "covariance", "advantage"))  # fmt: skip
     name = "t"
     if values["selected"]:
         title += ", selected"

@@ -137,4 +137,4 @@ def plain_scores(model, prompts, completions, temperature):
         every = torch.log_softmax(logits / temperature, -1)
         logp.append(every.gather(1, torch.tensor(c, device=model.device)[:, None])[:, 0])
         H.append(torch.special.entr(every.exp()).sum(-1))
-    return (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (logp, H))
+    return [torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (logp, H)]

@@ -96,7 +96,7 @@ def test_scores_and_gradients_are_those_of_the_full_softmax_for_chunks_of_any_si
     monkeypatch.setattr(entropy_module, "LOGITS_AT_ONCE", 24 * tokens)
     model = narrow(architecture, torch.float64)
     both = torch.stack(score(model, PROMPTS, COMPLETIONS, temperature))
-    whole = torch.stack(list(plain_scores(model, PROMPTS, COMPLETIONS, temperature)))
+    whole = torch.stack(plain_scores(model, PROMPTS, COMPLETIONS, temperature))
     torch.testing.assert_close(both.double(), whole, rtol=1e-5, atol=1e-6)
     assert (both[:, ~MASK] == 0).all() and (both[1, MASK] > 0).all()
     want = gradients(model, whole)

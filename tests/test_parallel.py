@@ -151,7 +151,7 @@ def test_only_rows_with_a_gradient_go_back_through_the_model(model, monkeypatch,
     monkeypatch.setattr(entropy, "backward", lambda *a: [seen.extend(a[1]), real(*a)])
     parallel.backward(model, batch, *given, o)
     assert seen == [batch.prompts[i] for i in rows]
-    both = torch.stack(list(plain_scores(model, batch.prompts, batch.completions, o.temperature)))
+    both = torch.stack(plain_scores(model, batch.prompts, batch.completions, o.temperature))
     want = torch.autograd.grad((given * both).sum(), list(model.parameters()))
     assert agree([p.grad for p in model.parameters()], want)
 

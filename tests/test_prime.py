@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import narrow
-from test_parallel import agree, batch_of, options, plain_scores
+from conftest import narrow, plain_scores
+from test_parallel import agree, batch_of, options
 
 import prime
 import train
