@@ -405,15 +405,15 @@ def draw_floor(found):
     """The share of rare tokens of wrong answers on the plateau against k beta / |A|: one dot a run."""
     figure = Figure(figsize=(11, 9), layout="constrained")
     axis = figure.subplots()
-    for i, row in enumerate(found["rows"]):
+    for row in found["rows"]:
         words = row["options"].split()
         last = dict(zip(words, words[1:]))  # of an option that is given twice
         k, beta = (float(last[f"--kl-cov-{x}"]) for x in ("ratio", "beta"))
         points = [(k * beta / run["|A| there"], run["rare wrong"]) for run in row["runs"]]
         axis.plot(*zip(*points), "o", markersize=12, color=plot.COLOURS["kl_cov"])
-        above_or_below = (0, -26) if i % 2 else (0, 12)  # in turn, for some lie close together
-        axis.annotate(row["name"], points[0], above_or_below, textcoords="offset points", ha="center",
-                      fontsize=14)  # fmt: skip
+        x, y = points[0]
+        beside = (12, -5) if y < x else (-5, 12)  # apart from each other
+        axis.annotate(row["name"], (x, y), beside, textcoords="offset points", fontsize=14)
     axis.axline((0.01, 0.01), slope=1, color="#777777", linestyle="--", linewidth=2)
     axis.set(xscale="log", yscale="log", title="KL-Cov keeps a share of errors alive",
              xlabel="k beta / |A| (dashed: equal)", ylabel="share of rare tokens of wrong answers")
