@@ -1,7 +1,8 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
     python -m lab.study annealing        GRPO, Clip-Cov and KL-Cov as by default: their strength falls to 0
-    python -m lab.study rivals           newer methods so, and GRPO with one update a rollout batch
+    python -m lab.study rivals           other methods so, and those with a constant strength
+    python -m lab.study strengths        two strengths for each method, of which rivals has the better one
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength
@@ -25,7 +26,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -71,12 +72,31 @@ K = f"--kl-cov-ratio 0.01 {UNBOUND}"
 FIXED = f"--steps 200 --anneal 0 {K}"  # of a constant strength
 OFTEN = "--eval-every 1 --eval-limit 8"  # so that samples.jsonl has completions of every step
 ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
+CONSTANT = "--steps 800 --anneal 0 --eval-every 20"
+OTHER = {  # strengths than the default: the published one, or another where the default is the published one
+    "clip_cov": ("published", "--clip-cov-ratio 0.0002 --cov-high 5"),
+    "kl_cov": ("published", f"--kl-cov-ratio 0.002 --kl-cov-beta 1 {UNBOUND}"),
+    "entropy_bonus": ("published", "--entropy-coef 0.005"),
+    "kl_ref": ("beta 0.01", "--kl-ref-beta 0.01"),
+    "clip_higher": ("to 1.5", "--clip-high 0.5"),
+}
 FREE = "--clip-low 1 --clip-high 1"  # Clip-Cov's range, in effect no clip
 
 
 def annealed(methods):
     """Rows of methods as by default."""
     return [Row(f"{method}, annealed", method, ANNEALED) for method in methods]
+
+
+def constant(methods):
+    """The same with a constant strength."""
+    return [Row(f"{method}, constant", method, CONSTANT) for method in methods]
+
+
+def other(row):
+    """The row with the other strength of its method."""
+    name, options = OTHER[row.method]
+    return replace(row, name=f"{row.name}, {name}", options=f"{row.options} {options}")
 
 
 def controls(method, options):
@@ -86,12 +106,14 @@ def controls(method, options):
 
 
 NO_BOUND = Row("kl_cov, no bound", "kl_cov", f"{ANNEALED} {UNBOUND}")
+ON_POLICY = Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")  # one update a rollout batch
+TUNED = [*annealed(OTHER), *constant(["clip_cov", "kl_cov", "entropy_bonus"])]
 STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [*annealed(COV), NO_BOUND]),
+    "annealing": (range(61, 77), [*annealed([*COV, "entropy_bonus"]), ON_POLICY, NO_BOUND]),
     "controls": (range(61, 69), [*annealed(["grpo", "clip_cov"]), *controls("clip_cov", FREE),
                                  NO_BOUND, *controls("kl_cov", UNBOUND), *annealed(["kl_cov"])]),
-    "rivals": (range(61, 69), [*annealed([*COV, "entropy_bonus", *NEWER]),
-                               Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")]),
+    "strengths": (range(301, 304), [*annealed(["grpo"]), *(x for row in TUNED for x in (row, other(row)))]),
+    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *TUNED, *annealed(NEWER)]),
     "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
         for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
@@ -260,7 +282,7 @@ def known(row, key):
 
 def shown(row):
     """The name of a row in tables and pictures."""
-    return row["name"].removesuffix(", annealed")
+    return row["name"].replace(", annealed", "")
 
 
 def mean(row, key, form):
@@ -354,7 +376,7 @@ def draw_curves(found):
     """Entropy and accuracy over the steps: each run thin, the median thick; the first row of each method."""
     figure = Figure(figsize=(16, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    first = {row["method"]: row for row in reversed(found["rows"])}  # of each method; the others are controls
+    first = {row["method"]: row for row in reversed(found["rows"]) if row["method"] in COV}
     for row in reversed(first.values()):
         for axis, key in ((left, "entropy"), (right, "accuracy")):
             curves = [run[f"curve of {key}"] for run in row["runs"]]
