@@ -147,6 +147,12 @@ def add_sampling(axis, steps):
     axis.legend(fontsize=15)
 
 
+def plain_numbers(axis):
+    """Labels such as 0.05 on a logarithmic axis."""
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def dress(axis, key):
     """Title, units and scales of a panel."""
     title, unit = PANELS[key]
@@ -156,8 +162,7 @@ def dress(axis, key):
     elif key == "entropy" and max(values) > 0:
         low, high = max(min(values), max(values) / 1000), max(values)  # at least a factor of 10, at most 1000
         axis.set(yscale="log", ylim=(min(low, high / 10) / 1.2, high * 1.2))
-        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        plain_numbers(axis.yaxis)
     elif key == "accuracy":
         axis.set_ylim(0, 1.03)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -32,7 +32,7 @@ from statistics import fmean, median
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 import data
 import eval as evaluation
@@ -328,13 +328,15 @@ def tables(found):
         entropies.append([shown(row), *(mean(row, key, "{:.3f}") for key in ("first", "window", "last")),
                           mean(row, "ratio", "{:.1f}"), when, mean(row, "top fifth", "{:.0%}"),
                           mean(row, "rare wrong", "{:.2%}"), mean(row, "|A| there", "{:.2f}")])  # fmt: skip
+    head = ["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
+            "in the top fifth", "rare and wrong, late", "their mean absolute A"]  # fmt: skip
+    width = 9 if any(known(row, "rare wrong") for row in found["rows"]) else 7  # the last two came later
     text = [
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
         markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
         markdown(["run", "seeds", "greedy, each seed, %", "mean", "median",
                   "above the first row, points [95%]", "sampled", "pass@32"], accuracies),
-        markdown(["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
-                  "in the top fifth", "rare and wrong, late", "their mean absolute A"], entropies),
+        markdown(head[:width], [row[:width] for row in entropies]),
     ]  # fmt: skip
     return "\n".join(text + compare_controls(found["rows"]))
 
@@ -366,12 +368,6 @@ def accuracy_axis(axis, title, label, percent=None):
     (percent or axis.yaxis).set_major_formatter(PercentFormatter(1))
 
 
-def plain_numbers(axis):
-    """Labels such as 0.05 on a logarithmic axis."""
-    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
 def draw_curves(found):
     """Entropy and accuracy over the steps: each run thin, the median thick; the first row of each method."""
     figure = Figure(figsize=(16, 7), layout="constrained")
@@ -390,7 +386,7 @@ def draw_curves(found):
         right.axhline(value, color="#777777", linestyle="--", linewidth=2)
         right.text(steps[-1], value - 0.025, text, color="#555555", fontsize=14, ha="right")
     left.set(title="Policy entropy", ylabel="nats per token", yscale="log", xlabel="step")
-    plain_numbers(left.yaxis)
+    plot.plain_numbers(left.yaxis)
     left.legend(title="all runs and their median", frameon=True, framealpha=0.8)
     accuracy_axis(right, "Held-out accuracy", "greedy")
     right.set(xlabel="step", ylim=(0.3, 1.03))
@@ -419,7 +415,7 @@ def draw_final(found):
     left.set(xlabel="greedy, on held-out problems; dashed: the start")
     left.set(xlim=(low, 1.03), ylim=(len(names) + 0.5, 0.5))
     right.set(xscale="log", xlabel="median entropy in the window, nats per token", ylim=(low, 1.03))
-    plain_numbers(right.xaxis)
+    plot.plain_numbers(right.xaxis)
     return figure
 
 
@@ -440,7 +436,7 @@ def draw_floor(found):
     axis.set(xscale="log", yscale="log", title="KL-Cov keeps a share of errors alive",
              xlabel="k beta / |A| (dashed: equal)", ylabel="share of rare tokens of wrong answers")
     for side in (axis.xaxis, axis.yaxis):
-        plain_numbers(side)
+        plot.plain_numbers(side)
     return figure
 
 

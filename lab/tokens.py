@@ -7,8 +7,8 @@ completions each. Advantages are GRPO's. Log-probs and entropies are computed in
 completions also as an update with --precision bf16 computes them, and by the bf16 copy that would sample. A
 token is rare if its log-prob is below the mean.
 
-Written to DIR: tokens.md and tokens.png; data/tokens.json, what they show; completions.png and
-completions.html, some of the completions token by token.
+Written to DIR: tokens.md and tokens.png; data/tokens.json, what they show; completions.png, two of the
+completions token by token.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from covariance import kinds, select_kl_cov
 from data import UserError
 from lab.figures import draw_tokens
 from lab.law import markdown, report
-from lab.page import page
 
 SHARES = {0.0002: 5.654, 0.002: 3.112, 0.02: 1.385, 0.2: 0.351, 0.5: 0.152, 1.0: 0.003}  # 2505.22617, table 1
 WORDS, OFTEN = 30, 10  # how many words are listed, of those that occur so often at least
@@ -71,16 +70,6 @@ def words(batch, values, tokenizer):
     return [(tokenizer.decode([token]), mean, n) for mean, token, n in sorted(means, reverse=True)[:WORDS]]
 
 
-def by_accuracy(t, rewards):
-    """[(right answers in the group, groups, mean covariance of their tokens)]."""
-    right, rows = rewards.sum(1).long(), []
-    for k in range(rewards.shape[1] + 1):
-        of = (right == k).repeat_interleave(rewards.shape[1])[:, None] & t.mask
-        if of.any():
-            rows.append((k, int((right == k).sum()), t.covariance[of].mean().item()))
-    return rows
-
-
 def rounding(policy, batch, t, o):
     """What bf16 changes, against fp32: {way: figures} for the update's arithmetic and for the copy's."""
     few = SimpleNamespace(prompts=batch.prompts[:COMPARED], completions=batch.completions[:COMPARED])
@@ -112,11 +101,8 @@ def tables(found):
                   for b in ("right", "wrong"))] for a in ("likely", "rare")]  # fmt: skip
     text += "Sum of covariance (number of tokens), by probability and answer:\n\n"
     text += markdown(["tokens", "right answers", "wrong answers"], rows)
-    rows = [(f"{k} of {found['samples']}", n, f"{c:+.4f}") for k, n, c in found["by accuracy"]]
-    text += "\nBy the right answers in the group:\n\n" + markdown(["right", "groups", "mean"], rows)
-    for key in ("entropy", "covariance"):
-        listed = ", ".join(f"`{word!r}` {mean:.2f}" for word, mean, _ in found[f"words by {key}"])
-        text += f"\nWords of highest mean {key} (at least {OFTEN} times): {listed}.\n"
+    listed = ", ".join(f"`{word!r}` {mean:.2f}" for word, mean, _ in found["words by entropy"])
+    text += f"\nWords of highest mean entropy (at least {OFTEN} times): {listed}.\n"
     rows = []
     for way, d in found["bf16"].items():
         rows += [[f"{way}, {name}", *(f"{x:.2g}" for x in d[name])] for name in ("logp", "entropy")]
@@ -160,14 +146,12 @@ def main():
         shares, fifth = concentration(t)
         lengths = t.mask.sum(1)
         found = {
-            "completions": len(batch.completions), "tokens": int(lengths.sum()), "samples": o.samples,
+            "completions": len(batch.completions), "tokens": int(lengths.sum()),
             "right": rewards.mean().item(), "length": lengths.float().mean().item(),
             "truncated": sum(c[-1] not in policy.eos_ids for c in batch.completions) / len(lengths),
             "entropy": t.entropy[t.mask].mean().item(), "shares": shares, "entropy in the top fifth": fifth,
             "kinds": kinds(t.covariance, t.logp, t.advantages, t.mask),
-            "by accuracy": by_accuracy(t, rewards),
             "words by entropy": words(batch, t.entropy, policy.tokenizer),
-            "words by covariance": words(batch, t.covariance, policy.tokenizer),
             "bf16": rounding(policy, batch, t, o),
         }  # fmt: skip
         head = (f"Made by lab/tokens.py: {Path(o.model).name}, {Path(o.data).stem}, {found['completions']} "
@@ -179,9 +163,6 @@ def main():
         with rc_context(plot.STYLE):
             report(out, "tokens", head + tables(found), found, draw(found))
             draw_tokens(samples).savefig(out / "completions.png", dpi=100)
-        config = vars(o) | {"method": f"KL-Cov's choice with k = {RATIOS[0]}"}
-        picture = (out / "tokens.png").read_bytes()
-        (out / "completions.html").write_text(page(config, samples, picture), encoding="utf-8")
     except (UserError, OSError) as error:
         parser.exit(2, f"lab.tokens: error: {error}\n")
 

@@ -123,6 +123,18 @@ def command(monkeypatch, capsys):
     return run
 
 
+def generate(model, prompts, max_new_tokens, eos_ids):
+    """Greedy completions by transformers' generate, one prompt at a time, without padding."""
+    out = []
+    for p in prompts:
+        ids = torch.tensor([p], device=model.device)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                               max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), temperature=None,
+                               top_p=None, top_k=None, repetition_penalty=1.0)  # fmt: skip
+        out.append([whole[0, len(p) :].tolist()])
+    return out
+
+
 def metrics(folder):
     """The lines of a run's metrics.jsonl without their seconds."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()

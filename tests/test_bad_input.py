@@ -20,8 +20,8 @@ ROW = '{"problem": "\\\\boxed{1+1=", "answer": "2"}\n'
 SMALL = "--prompts 2 --mini-batch 2 --passes 2 --samples 2 --eval-limit 2 --steps 1 --device cpu".split()
 
 FILES = {
-    "good.jsonl": ROW, "cut.jsonl": ROW + '{"problem": "p?", "ans', "notes.txt": "text",
-    "nogold.jsonl": ROW + '{"problem": "p?"}\n', "columns.jsonl": '{"task": "p?", "result": "1"}\n',
+    "good.jsonl": ROW, "notes.txt": "text",
+    "nogold.jsonl": ROW + '{"problem": "p?"}\n',
     "long.jsonl": json.dumps({"problem": "\\boxed{" + "1+" * 200, "answer": "1"}),
     "unknown.opt": "--learning-rate 1", "itself.opt": "@itself.opt",
     "taken/thesis.tex": "years of work", "folders/metrics.jsonl/x": "",
@@ -49,13 +49,6 @@ def edit(name, **changes):
     return change
 
 
-def endless(folder):
-    """No file says which token ends a sequence."""
-    for name, field in (("config.json", "eos_token_id"), ("generation_config.json", "eos_token_id"),
-                        ("tokenizer_config.json", "eos_token")):  # fmt: skip
-        edit(name, **{field: None})(folder)
-
-
 def with_code(folder):
     """A checkpoint that brings its own code, which writes a file when it runs."""
     classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -76,9 +69,6 @@ CHECKPOINTS = {
     "no chat template": (drop("chat_template.jinja"), "chat template"),
     "a chat template that does not parse": (put("chat_template.jinja", b"{% for m in %}"), "chat template"),
     "a chat template that says nothing": (put("chat_template.jinja", b""), "chat template"),
-    "no end of sequence": (endless, "eos_token_id"),
-    "a sliding window": (edit("config.json", use_sliding_window=True, sliding_window=8, max_window_layers=0,
-                              layer_types=["sliding_attention"] * 2), "sliding"),
     "code of its own": (with_code, "--model"),
 }  # fmt: skip
 
@@ -108,11 +98,7 @@ WRONG = {
     "a file of options that names itself": ("@itself.opt", "@itself.opt"),
     "a file of options with an unknown one": ("@unknown.opt", "--learning-rate"),
     "a file of options that is not UTF-8": ("@latin.opt", "UTF-8"),
-    "a data file that is not there": ("--data none.jsonl", "none.jsonl"),
-    "a data file that is cut off": ("--data cut.jsonl", "cut.jsonl"),
     "a row without a gold": ("--data nogold.jsonl", "nogold.jsonl: row 2"),
-    "unknown columns": ("--data columns.jsonl", "columns.jsonl", "task", "--prompt-field"),
-    "a data set that nobody knows": ("--data dapo17k", "dapo17k", "dapo_math_17k"),
     "problems that are all held out": ("--data good.jsonl --eval-data good.jsonl", "good.jsonl", "held-out"),
     "held-out problems that are all too long": ("--eval-data long.jsonl", "--eval-data", "longer than"),
     "a model that is not there": ("--model no/where/at/all", "--model", "no/where/at/all"),

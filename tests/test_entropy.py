@@ -151,14 +151,6 @@ def test_the_logits_of_all_tokens_are_never_held_but_three_tokens_at_a_time(monk
 # ---------------------------------------------------------------- the law
 
 
-def test_the_fit_recovers_the_law():
-    H = [1.3, 0.9, 0.5, 0.2, 0.05]
-    law = fit_law(H, [-0.21 * math.exp(h) + 0.83 for h in H])
-    assert (law.a, law.b, law.r2, law.rmse) == pytest.approx((0.21, 0.83, 1.0, 0.0), abs=1e-12)
-    assert law.ceiling == pytest.approx(0.62) and law.predict(0) == pytest.approx(law.ceiling)
-    assert law.predict(torch.tensor([0.7])).item() == pytest.approx(law.predict(0.7), rel=1e-6)
-
-
 def test_the_fit_is_the_least_squares_one_and_says_how_good_it_is():
     H = torch.linspace(1.5, 0.1, 30, dtype=torch.float64)
     R = -0.2 * H.exp() + 0.8 + 0.05 * torch.randn(30, dtype=torch.float64)

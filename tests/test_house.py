@@ -53,7 +53,7 @@ def test_who_reads_train_reads_at_most_ten_other_files():
 
 SHOWN = {"entropy": "the ceiling 0.6", "covariance": "stand in wrong answers",
          "losses": "+2.41", "rollout": "of the entropy is at", "prime": " -4.",
-         "arithmetic": "fails on 256 of 512"}  # fmt: skip
+         "reward": "Broken off after a second: 1.", "arithmetic": "fails on 256 of 512"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, shown", SHOWN.items(), ids=SHOWN)

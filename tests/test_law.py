@@ -2,12 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from matplotlib.image import imread
 
 from lab import law
@@ -114,31 +111,25 @@ def make_run(tmp_path):
     return make
 
 
-def command(*arguments):
-    line = [sys.executable, "-m", "lab.law", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_command_writes_table_figures_and_picture_of_runs_against_a_baseline(make_run, tmp_path):
+def test_the_command_writes_table_figures_and_picture_of_runs_against_a_baseline(make_run, command, tmp_path):
     """Runs of a method whose options differ are not taken for seeds of one experiment."""
     baseline = [make_run(f"g{seed}", series(seed=seed)) for seed in (1, 2)]
     runs = [make_run(f"k{seed}", series(seed=seed, b=B + 0.1), "kl_cov") for seed in (3, 4)]
     runs.append(make_run("k5", series(seed=5), "kl_cov", 1.0))
-    done = command(*runs, "--against", *baseline, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    status, said, err = command(law.main, *runs, "--against", *baseline, "--out", tmp_path / "out")
+    assert status == 0, err
     found = json.loads((tmp_path / "out" / "data" / "law.json").read_text())
     for label, shift in (("kl_cov, kl_cov_beta 3.0", 0.1), ("kl_cov, kl_cov_beta 1.0", 0)):
         assert found["above"][label]["equal H"]["mean"] == pytest.approx(shift, abs=0.02)
     each = {str(run) for run in [*runs, *baseline]}
     assert set(found["fits"]) == each | {"all of kl_cov, kl_cov_beta 3.0", "all of grpo, baseline"}
     text = (tmp_path / "out" / "law.md").read_text()
-    assert "| kl_cov, kl_cov_beta 3.0 | 2 | 0.1" in text and text in done.stdout
+    assert "| kl_cov, kl_cov_beta 3.0 | 2 | 0.1" in text and text in said
     assert imread(tmp_path / "out" / "law.png").std() > 0.01
 
 
 @pytest.mark.parametrize("steps", [series(n=9), [line | {"entropy": 0.5} for line in series()], []])
-def test_what_cannot_be_fitted_is_one_line_that_names_the_run_and_status_2(make_run, tmp_path, steps):
-    done = command(make_run("bad", steps), "--out", tmp_path / "out")
-    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
-    assert done.stderr.startswith("lab.law: error: ") and done.stderr.count("\n") == 1
-    assert "bad" in done.stderr
+def test_what_cannot_be_fitted_is_one_line_that_names_the_run(make_run, command, tmp_path, steps):
+    status, said, err = command(law.main, make_run("bad", steps), "--out", tmp_path / "out")
+    assert status == 2 and said == "" and not (tmp_path / "out").exists()
+    assert err.startswith("lab.law: error: ") and err.count("\n") == 1 and "bad" in err

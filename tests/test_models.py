@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import plain_scores
+from conftest import generate, plain_scores
 
 import entropy
 import rollout
@@ -42,13 +42,7 @@ def test_log_probs_and_entropies_are_those_of_a_plain_forward_pass_of_each_row(l
 @torch.inference_mode()
 def test_greedy_samples_equal_generates(loaded):
     model, eos_ids, prompts, _ = loaded
-    ours = [group[0] for group in sample(model, prompts, 1, 24, 0.0, eos_ids)]
-    for prompt, completion in zip(prompts, ours):
-        ids = torch.tensor([prompt], device=DEVICE)
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
-                                eos_token_id=sorted(eos_ids), pad_token_id=0, temperature=None, top_p=None,
-                                top_k=None, repetition_penalty=1.0)  # fmt: skip
-        assert completion == theirs[0, len(prompt) :].tolist()
+    assert sample(model, prompts, 1, 24, 0.0, eos_ids) == generate(model, prompts, 24, eos_ids)
 
 
 @torch.inference_mode()

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -92,16 +90,6 @@ def test_the_first_and_the_last_logged_step_are_shown():
     assert html.count("wrong, 14 tokens") == 1 and html.count("right, 3 tokens") == 2
 
 
-def test_a_token_has_its_values_in_the_title_and_as_shares_of_the_strongest_colour():
-    scale = page.largest([sample(1, "xyz")])
-    assert scale == {"entropy": 0.2, "covariance": 0.4, "advantage": 1.0, "selected": 1}
-    _, y, z = page.token_values(sample(1, "xyz", selected=[2]))
-    style, title = "--e:0.5;--c:-0.5;--a:1;--s:0", "entropy 0.1, covariance -0.2, advantage 1"
-    assert page.token_html(*y, scale) == f'<span class="t" style="{style}" title="{title}">y</span>'
-    html = page.token_html(*z, scale)
-    assert 'class="t selected"' in html and "advantage 1, selected" in html
-
-
 def test_a_value_that_is_not_known_is_a_dash_without_colour():
     html = page.page(CONFIG, [sample(1, "xy", entropy=[None, 0.5])])
     assert 'style="--e:0;' in html and 'title="entropy -,' in html and 'style="--e:1;' in html
@@ -112,12 +100,10 @@ def test_a_long_completion_is_cut_and_the_page_says_so():
     assert html.count("<span") == page.LONGEST and "... 600 more tokens" in html
 
 
-def test_the_command_writes_one_file_and_leaves_out_a_torn_line(run):
+def test_the_command_writes_one_file_and_leaves_out_a_torn_line(run, command):
     folder = run(SAMPLES, end='{"step": 12, "prompt": "torn')
     before = {file.name for file in folder.iterdir()}
-    command = [sys.executable, "-m", "lab.page", folder]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, f"{folder}/page.html\n"), done.stderr
+    assert command(page.main, folder) == (0, f"{folder}/page.html\n", "")
     assert {file.name for file in folder.iterdir()} - before == {"page.html"}
     html = (folder / "page.html").read_text(encoding="utf-8")
     assert "Step 11<" in html and "Step 12<" not in html and "plot.py" in html  # there is no curves.png yet

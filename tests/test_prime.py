@@ -34,16 +34,6 @@ def test_advantages_and_loss_are_the_formulas_one_number_at_a_time(seed):
     assert prime.outcome_loss(r, outcomes).item() == pytest.approx(total / len(rows), rel=1e-12)
 
 
-def test_two_completions_by_hand():
-    """beta 1/2, log(phi / ref) 2, 0 and -2, 4, 2: rewards 1, 0 and -1, 2, 1, whose means are 1/2 and 2/3."""
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    r = prime.token_rewards(torch.tensor([[2.0, 0, 7], [-2, 4, 2]]), torch.zeros(2, 3), mask, 0.5)
-    assert r.tolist() == [[1, 0, 0], [-1, 2, 1]]
-    advantages = prime.process_advantages(r, mask, 2)
-    assert advantages[0].tolist() == pytest.approx([1 / 3 - 2 / 3, -2 / 3, 0])
-    assert advantages[1].tolist() == pytest.approx([0.5, 2.0, 0.5])
-
-
 # ---------------------------------------------------------------- the process reward model
 
 

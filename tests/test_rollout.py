@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, chi_square, narrow
+from conftest import ROOT, chi_square, generate, narrow, plain_scores
 
 import rollout
 from data import UserError
@@ -19,17 +19,6 @@ from rollout import load_policy, next_token, sample
 V = 24
 EOS = {5, 11}
 PROMPTS = [[3, 1, 4, 1, 5], [2], list(range(24)) + list(range(9)), [5, 11, 5], [7, 8] * 16]  # 1 to 33 ids
-
-
-def by_transformers(model, prompts, max_new_tokens, eos_ids):
-    """Greedy completions by transformers' generate, one prompt at a time, without padding."""
-    out = []
-    for p in prompts:
-        ids = torch.tensor([p])
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                               max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids))  # fmt: skip
-        out.append([whole[0, len(p) :].tolist()])
-    return out
 
 
 def noise_for(prompts, n, T):
@@ -51,7 +40,7 @@ def test_greedy_completions_equal_those_of_transformers_whatever_the_lengths(arc
     model = narrow(architecture, torch.float64, seed=5)
     for eos_ids in (EOS, {V - 1}):
         mine = sample(model, PROMPTS, 1, 40, 0.0, eos_ids)
-        assert mine == by_transformers(model, PROMPTS, 40, eos_ids)
+        assert mine == generate(model, PROMPTS, 40, eos_ids)
     assert len({tuple(c[0]) for c in mine}) > 3 and max(len(set(c[0])) for c in mine) > 3
     assert sample(model, PROMPTS, 3, 40, 0.0, eos_ids) == [group * 3 for group in mine]
 
@@ -75,10 +64,7 @@ def test_completions_come_as_often_as_their_scores_say(temperature):
     drawn = sample(model, [prompt, [1]], n, 3, temperature, {0}, torch.Generator().manual_seed(0))[0]
     counts = [drawn.count(ids) for ids in every]
     assert sum(counts) == n  # nothing else was drawn
-    exact = torch.stack([
-        torch.log_softmax(model(torch.tensor([prompt + c])).logits[0, len(prompt) - 1 :] / temperature, -1)[
-            range(len(c)), c].sum().exp() for c in every
-    ])  # fmt: skip
+    exact = plain_scores(model, [prompt] * len(every), every, temperature)[0].sum(1).exp()
     assert exact.sum().item() == pytest.approx(1) and chi_square(counts, exact * n) > 1e-3
     logp, H = score(model, [prompt] * len(every), every, temperature)
     assert torch.allclose(logp.sum(1).exp(), exact.float(), rtol=1e-4)
@@ -94,12 +80,6 @@ def test_no_token_is_cut_off_whatever_the_generation_config_lists():
     p = torch.softmax(model(torch.tensor([[3, 1]])).logits[0, -1], -1)
     drawn = torch.tensor(sample(model, [[3, 1]], n, 1, 1.0, {0}, torch.Generator().manual_seed(0))[0])[:, 0]
     assert chi_square(torch.bincount(drawn, minlength=80), p * n) > 1e-3
-
-
-def test_a_token_is_the_first_whose_cumulated_probability_exceeds_the_random_number():
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    u = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 1 - 2**-24])
-    assert next_token(logits.expand(8, 4), 1.0, u).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_has_no_probability_is_never_drawn():

@@ -1,18 +1,14 @@
 """What lab/theorem.py promises: the entropy change of a model's states, measured and predicted."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import data
 import train
 from lab import theorem
 from options import options
-from rollout import load_policy
 
 PROBE = [([3, 1, 4], [1, 5, 9, 2], [0, 3]), ([6], [5, 3, 5], [1, 2]), ([8, 9, 7, 9, 3], [2], [0])]
 SMALL = "--method kl_cov --prompts 8 --mini-batch 4 --samples 4 --eval-limit 8 --device cpu --lr 1e-3".split()
@@ -50,15 +46,6 @@ def test_the_probe_follows_from_the_seed_and_leaves_the_global_random_state_alon
     assert loaded()[2] == probe != loaded("--seed", "1")[2]
     assert len(probe) == 8
     assert all(max(positions) < len(completion) for _, completion, positions in probe)
-
-
-def test_a_vocabulary_of_151936_stays_within_the_memory_for_logits(qwen_checkpoint):
-    model, tokenizer, eos_ids = load_policy(str(qwen_checkpoint))
-    policy = train.Policy(model, model, tokenizer, eos_ids, None)
-    held_out = [(tokenizer(f"What is {i} + 1?")["input_ids"], "2") for i in range(20)]
-    probe = theorem.draw_probe(policy, held_out, options([*SMALL, "--out", "/tmp/none"]))
-    before = theorem.probe_logits(model, probe)
-    assert before.shape == (220, 151936) and before.numel() <= theorem.LOGITS_AT_ONCE
 
 
 # ---------------------------------------------------------------- measured and predicted
@@ -119,23 +106,18 @@ def test_scaling_the_first_update_equals_training_with_that_learning_rate(loaded
     assert lines[0]["moved"] == pytest.approx(theorem.figures(change, 1)["moved"], rel=1e-3)
 
 
-def command(*arguments, model=ROOT / "tiny"):
-    line = [sys.executable, "-m", "lab.theorem", *map(str, arguments), "--", *SMALL, "--model", str(model)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_theorem_holds_at_a_small_learning_rate_and_breaks_at_a_large_one(tmp_path):
-    done = command("--rates", "1e-5", "1e-1", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_theorem_holds_at_a_small_learning_rate_and_breaks_at_a_large_one(tmp_path, command):
+    status, said, err = command(theorem.main, "--rates", "1e-5", "1e-1", "--out", tmp_path, "--", *SMALL)
+    assert status == 0, err
     small, large = map(json.loads, (tmp_path / "data" / "theorem.jsonl").read_text().splitlines())
     assert small["r2"] > 0.999 and small["slope"] == pytest.approx(1, abs=0.01) and small["moved"] < 0.01
     assert large["r2"] < 0.5 and large["moved"] > 1
-    assert "| 1e-05 |" in done.stdout and (tmp_path / "theorem.png").stat().st_size > 10_000
+    assert "| 1e-05 |" in said and (tmp_path / "theorem.png").stat().st_size > 10_000
 
 
-def test_following_a_run_writes_a_line_for_each_step_a_table_and_a_picture(tmp_path):
-    done = command("--follow", 3, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_following_a_run_writes_a_line_for_each_step_a_table_and_a_picture(tmp_path, command):
+    status, _, err = command(theorem.main, "--follow", 3, "--out", tmp_path, "--", *SMALL)
+    assert status == 0, err
     text = (tmp_path / "data" / "theorem_steps.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -143,7 +125,6 @@ def test_following_a_run_writes_a_line_for_each_step_a_table_and_a_picture(tmp_p
     assert (tmp_path / "theorem_steps.png").stat().st_size > 10_000
 
 
-def test_a_model_that_does_not_load_is_one_line_and_status_2(tmp_path):
-    (tmp_path / "empty").mkdir()
-    done = command("--out", tmp_path / "out", model=tmp_path / "empty")
-    assert done.returncode == 2 and "lab.theorem: error: --model" in done.stderr.splitlines()[-1]
+def test_a_model_that_does_not_load_is_one_line_and_status_2(tmp_path, command):
+    status, _, err = command(theorem.main, "--out", tmp_path / "out", "--", *SMALL, "--model", tmp_path)
+    assert status == 2 and "lab.theorem: error: --model" in err.splitlines()[-1]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import narrow, subprocess_of
+from conftest import narrow, plain_scores, subprocess_of
 from safetensors.torch import load_file
 
 import data
@@ -254,18 +254,13 @@ def test_entropy_is_exact_and_a_mean_over_tokens(options, graded, updates, draws
     o = options("grpo", "--temperature 0.5")
     m, model = step(o), train.load(o)[0].model
     for key, temperature in (("entropy", 1.0), ("entropy_sampling", 0.5)):
-        rows = []
-        for u in updates:
-            for p, c, old in zip(u.batch.prompts, u.batch.completions, u.batch.old_logp):
-                logits = model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1].detach()
-                logp = torch.log_softmax(logits / temperature, -1)
-                rows.append(-(logp.exp() * logp).sum(-1))
-                if temperature != 1:
-                    drawn = logp.gather(1, torch.tensor(c)[:, None])[:, 0]
-                    torch.testing.assert_close(old[: len(c)], drawn, rtol=1e-4, atol=1e-4)
-        assert m[key] == pytest.approx(torch.cat(rows).mean().item(), rel=1e-5)
+        scored = [plain_scores(model, u.batch.prompts, u.batch.completions, temperature) for u in updates]
+        assert m[key] == pytest.approx(sum(H.sum().item() for _, H in scored) / COUNT, rel=1e-5)
         if temperature == 1:
-            assert m["entropy_seq"] == pytest.approx(sum(row.mean().item() for row in rows) / 16, rel=1e-5)
+            means = [(H.sum(1) / u.batch.mask.sum(1)).sum().item() for (_, H), u in zip(scored, updates)]
+            assert m["entropy_seq"] == pytest.approx(sum(means) / 16, rel=1e-5)
+    for (logp, _), u in zip(scored, updates):
+        torch.testing.assert_close(u.batch.old_logp, logp.detach(), rtol=1e-4, atol=1e-4)
     assert m["entropy"] > m["entropy_sampling"] + 0.1 and abs(m["entropy"] - m["entropy_seq"]) > 1e-4
 
 

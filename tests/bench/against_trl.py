@@ -3,7 +3,7 @@
 TRL is no requirement of this repository. It gets an environment of its own (about 2 GB):
 
     python3 -m venv trl && trl/bin/pip install -q -r requirements.txt trl==1.16.0
-    python tests/bench/against_trl.py --python trl/bin/python [--batches 10] [--whole] [--out FILE.json]
+    python tests/bench/against_trl.py --python trl/bin/python [--batches 10] [--out FILE.json]
 
 Both train the embedded policy with GRPO on the embedded task by the defaults of train.py: 64 prompts, 8
 completions each of at most 40 tokens, 8 updates, AdamW, fp32, one thread, the same reward; no reference
@@ -11,9 +11,8 @@ model, no evaluation, no checkpoints. TRL is spared gradient checkpointing and l
 
 Rounds of rollout batches alternate between the two. The ratio is TRL's seconds over train.py's, by the clock
 on the wall and by that of the processor. Later in a run many completions are equal and many groups have no
-signal, and train.py takes less time for them. So train.py also runs to its default last step, and TRL does
-with --whole (hours). Without it the whole run is compared with TRL's mean batch, which does not depend on the
-signal.
+signal, and train.py takes less time for them. So train.py also runs to its default last step, and is compared
+with TRL's mean batch, which does not depend on the signal.
 """
 
 import argparse
@@ -110,7 +109,6 @@ def main():
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=800, help="of the whole run (train.py's default)")
-    parser.add_argument("--whole", action="store_true", help="TRL to the last step, too")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="file for the figures")
     o = parser.parse_args()
@@ -120,7 +118,7 @@ def main():
     for _ in range(o.rounds):
         for side in SIDES:
             taken[side] += measure(pythons[side], side, o.batches)
-    whole = {side: measure(pythons[side], side, o.steps) for side in SIDES if side == "ours" or o.whole}
+    whole = {"ours": measure(sys.executable, "ours", o.steps)}
     figures = {"batches": o.batches, "steps": o.steps, "seconds": taken, "seconds of the whole run": whole}
     for k, clock in enumerate(("wall", "processor")):
         first = {side: mean(batch[k] for batch in taken[side]) for side in SIDES}
