@@ -40,11 +40,6 @@ def leftmost(operators, rng=random):
     return 0
 
 
-def anywhere(operators, rng=random):
-    """No idea: any pair."""
-    return rng.randrange(len(operators))
-
-
 def correct(operators, rng=random):
     """Precedence: the first `*`, and when there is none left, the first `+`."""
     return operators.index("*") if "*" in operators else 0

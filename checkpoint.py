@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
@@ -35,7 +34,7 @@ from parallel import whole_state, world
 
 KEPT = 2  # checkpoints
 FREE = {  # options that may differ when a run goes on: they change metrics.jsonl by rounding, or only its end
-    "resume", "overwrite", "out", "steps", "save_every", "max_hours", "micro_batch", "sample_batch",
+    "resume", "overwrite", "out", "steps", "save_every", "micro_batch", "sample_batch",
     "shard_optimizer", "final_samples", "gradient_checkpointing",
 }
 
@@ -112,11 +111,7 @@ def sample_lines(tokenizer, batch, t, loss, number, count=8):
 
 def plain(value):
     """The value with None for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def append(out, metrics, samples):

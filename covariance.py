@@ -19,8 +19,6 @@ A few tokens contribute orders of magnitude more than the rest. Clip-Cov and KL-
     python covariance.py      the theorem on one softmax, then who carries the covariance in a rollout batch
 """
 
-from pathlib import Path
-
 import torch
 
 from entropy import entropy
@@ -85,22 +83,19 @@ def top(values, count):
 
 
 def theorem():
-    """Prints and returns {case: [(step, measured dH, predicted dH), ...]} of a softmax of 8 actions."""
+    """Prints measured and predicted changes of entropy of a softmax of 8 actions, for falling steps."""
     z = torch.tensor([3.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], dtype=torch.float64)
-    p, rows = torch.softmax(z, 0), {}
+    p = torch.softmax(z, 0)
     print(f"1. One softmax of 8 actions, entropy {entropy(z):.3f} nats; one is rewarded; natural gradient\n")
     print(f"{'rewarded action':20} {'step':>8} {'measured dH':>12} {'-Cov':>9} {'error':>9}")
     for action, name in ((0, "likely"), (6, "rare")):
         reward = torch.eye(8, dtype=torch.float64)[action]
         advantages = reward - (p * reward).sum()  # an advantage has mean 0 under its policy
-        rows[name] = []
         for eta in (1.0, 0.5, 0.25, 0.125):
             measured = (entropy(z + eta * advantages) - entropy(z)).item()
             predicted = predicted_entropy_change(z, eta * advantages).item()
-            rows[name].append((eta, measured, predicted))
             print(f"{name + f', p = {p[action]:.2f}':20} {eta:8.3f} {measured:+12.4f} {predicted:+9.4f} "
                   f"{abs(measured - predicted):9.1e}")  # fmt: skip
-    return rows
 
 
 def embedded_rollouts():
@@ -138,7 +133,7 @@ def kinds(cov, logp, advantages, mask):
 
 
 def carriers(logp, advantages, mask):
-    """Prints who carries the covariance, and returns its `kinds`."""
+    """Prints who carries the covariance."""
     cov = token_covariance(logp, advantages, mask)
     found = kinds(cov, logp, advantages, mask)
     print(f"\n{'sum of Cov(y_i)':20} {'right answers':>15} {'wrong answers':>15}")
@@ -155,42 +150,14 @@ def carriers(logp, advantages, mask):
     share = [f"{hard[tokens].float().mean():.0%}" for tokens in (selected, rarest)]
     print(f"From hard groups (1 or 2 of 8 right) come {share[0]} of them. Of as many tokens, chosen as the\n"
           f"rarest of wrong answers, {share[1]} do: there |A| is small, and with it the covariance.")
-    return found
-
-
-def draw(rows, found, file):
-    """Left: predicted and measured dH. Right: who carries the covariance."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 7), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (name, points), colour in zip(rows.items(), ("#0072B2", "#D55E00")):
-        eta, measured, predicted = zip(*points)
-        left.plot(eta, measured, "o-", color=colour, label=f"a {name} action is rewarded")
-        left.plot(eta, predicted, ":", color=colour, linewidth=4)
-    left.axhline(0, color="#999999", zorder=0)
-    left.set(xlabel="step eta", ylabel="change of entropy, nats")
-    left.set_title("Rewarding the likely lowers the entropy\n(dotted: predicted by the covariance)")
-    left.legend(frameon=False)
-    names = [name.replace(", ", ",\n") for name in found]
-    right.bar(names, [total for total, _ in found.values()], color=["#999999"] * 3 + ["#D55E00"])
-    right.axhline(0, color="black")
-    right.set(ylabel="sum of Cov(y_i) over a rollout batch")
-    right.set_title("Here rare tokens of wrong answers\ndrive the entropy down")
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
 
 
 def main():
-    from plot import STYLE, rc_context  # here, so that training imports no matplotlib
-
-    rows = theorem()
+    theorem()
     print("\nLikely: entropy falls. Rare: it rises. Half of a small step leaves about 1/4 of the error.")
     print("\n2. The first rollout batch of the embedded policy")
-    found = carriers(*embedded_rollouts())
-    with rc_context(STYLE):
-        draw(rows, found, "figures/covariance.png")
-    print("figures/covariance.png: the entropy falls mostly because rare tokens of wrong answers die out.")
+    carriers(*embedded_rollouts())
+    print("So the entropy falls mostly because rare tokens of wrong answers die out.")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import reward
 import rollout
 from checkpoint import write_json
 from data import EMBEDDED, KNOWN, UserError, encode_problems, load_problems, one_line
-from options import INT
+from options import BOUND, INT
 from rollout import context, load_policy
 
 # 1. What is measured.
@@ -166,7 +166,7 @@ def options():
         help=f"{known}; a file; a hub id, as owner/name:config:split (default arithmetic_heldout)")
     add("--samples", type=INT, metavar="N",
         help=f"completions of each problem (default, as in the paper: 32 for {contests}, else 1)")
-    add("--temperature", type=float, metavar="T",
+    add("--temperature", type=BOUND, metavar="T",
         help=f"0 is greedy (default, as in the paper: 0.6 for {contests}; also with --samples; else 0)")
     add("--limit", type=INT, metavar="N", help="only the first N problems of each (default all)")
     add("--max-new-tokens", type=INT, metavar="N",
@@ -231,8 +231,6 @@ def holds(result, settings, problems):
 
 def run(o):
     """Every model on every benchmark, one after the other. What FILE.json holds is taken from there."""
-    if o.temperature is not None and not 0 <= o.temperature < math.inf:
-        raise UserError(f"--temperature {o.temperature}: takes a number of at least 0")
     if o.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is none here; take cpu")
     if o.out.suffix != ".json" or not o.out.absolute().parent.is_dir():

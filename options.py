@@ -58,7 +58,6 @@ OPTIONS = {
         ("--seed", int, 0, "seed of data order, sampling and selection"),
         ("--out", str, None, "run directory (default runs/METHOD-sSEED, or runs/METHOD-ADVANTAGE-sSEED)"),
         ("--save-every", INT, 20, "steps between checkpoints, of which the last two are kept"),
-        ("--max-hours", FLOAT, None, "hours after which the run saves and stops (default: none)"),
     ],
     "rollout": [
         ("--prompts", INT, 64, "problems a step; published 256"),

@@ -16,7 +16,6 @@ The price is one more forward pass than if all rows fitted into memory at once. 
 tokens and average losses within each micro-batch instead, so their results depend on its size.
 """
 
-import contextlib
 import os
 import signal
 import time
@@ -28,7 +27,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import entropy as entropies
 
 ECHO = 2.0  # seconds: torchrun passes a signal on, so the same one may arrive twice
-PARCEL = 2**25  # numbers (128 MiB in fp32) of gradients that are exchanged at once: each exchange takes time
 
 # ---------------------------------------------------------------- processes
 
@@ -106,18 +104,11 @@ def share(function, *lists):
 
 def sum_gradients(model):
     """Adds up the gradients of all processes. The loss is one mean over all tokens, so nothing is divided."""
-    parcels = [[]]
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if parcels[-1] and sum(g.numel() for g in parcels[-1]) + p.numel() > PARCEL:
-                parcels.append([])
-            parcels[-1].append(p.grad)
-    for parcel in parcels if world()[1] > 1 else []:
-        total = torch.cat([g.flatten() for g in parcel])
-        dist.all_reduce(total)
-        for g, part in zip(parcel, total.split([g.numel() for g in parcel])):
-            g.copy_(part.view_as(g))
+            if world()[1] > 1:
+                dist.all_reduce(p.grad)
 
 
 def adamw(model, lr, shard=False):
@@ -191,37 +182,24 @@ def autocast(o):
     return torch.autocast(o.device, torch.bfloat16, enabled=o.precision == "bf16")
 
 
+@torch.no_grad()
 def score(model, batch, temperature, o):
     """Log-probs and entropies of all completion tokens: two (B, T) on the CPU, the same on all processes.
 
     batch has .prompts and .completions, lists of B lists of token ids. No gradient is kept.
     """
-    return score_each(model, [batch], temperature, o)[0]
-
-
-@torch.no_grad()
-def score_each(model, batches, temperature, o):
-    """The same for several mini-batches, [(logp, entropy), ...], with one exchange for all of them."""
     rank, n = world()
-    kinds = [distinct(batch.prompts, batch.completions) for batch in batches]
-    width = max((len(c) for batch in batches for c in batch.completions), default=0)
-    mine = []
-    for batch, (first, _) in zip(batches, kinds):
-        rows = first[rank::n]
-        scores = torch.zeros(len(batch.prompts), 2, width)
-        for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows.tolist()):
-            prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with autocast(o):
-                logp, ent = entropies.score(model, prompts, completions, temperature)
-            scores[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
-        mine.append(scores[rows])
-    every, results = gather(mine), []
-    for i, (batch, (first, place)) in enumerate(zip(batches, kinds)):
-        scores = torch.empty(len(first), 2, width)
-        for r in range(n):
-            scores[r::n] = every[r][i]
-        results.append(tuple(scores[place, :, : max(map(len, batch.completions))].unbind(1)))
-    return results
+    first, place = distinct(batch.prompts, batch.completions)
+    rows = first[rank::n]
+    scores = torch.zeros(len(batch.prompts), 2, max(map(len, batch.completions)))
+    for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows.tolist()):
+        prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
+        with autocast(o):
+            logp, ent = entropies.score(model, prompts, completions, temperature)
+        scores[group, :, : logp.shape[1]] = torch.stack((logp, ent), 1).cpu()
+    for r, part in enumerate(gather(scores[rows])):
+        scores[first[r::n]] = part
+    return scores[first[place]].unbind(1)
 
 
 def backward(model, batch, dlogp, dentropy, o):
@@ -230,26 +208,20 @@ def backward(model, batch, dlogp, dentropy, o):
     first, place = distinct(batch.prompts, batch.completions)
     dlogp, dentropy = (torch.zeros_like(d).index_add_(0, first[place], d) for d in (dlogp, dentropy))
     rows = ((dlogp != 0) | (dentropy != 0)).any(1).nonzero()[:, 0].tolist()[rank::n]
-    with recomputation(model):
-        for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows):
-            prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
-            with autocast(o):
-                entropies.backward(model, prompts, completions, dlogp[group], dentropy[group], o.temperature)
+    keep_inputs(model, True)
+    for group in micro_batches(batch.prompts, batch.completions, o.micro_batch, rows):
+        prompts, completions = [batch.prompts[i] for i in group], [batch.completions[i] for i in group]
+        with autocast(o):
+            entropies.backward(model, prompts, completions, dlogp[group], dentropy[group], o.temperature)
+    keep_inputs(model, False)
     sum_gradients(model)
 
 
-@contextlib.contextmanager
-def recomputation(model):
+def keep_inputs(model, on):
     """After `model.gradient_checkpointing_enable()`: layers keep their input, backward computes them again.
 
     transformers does so only for a layer in training mode. What is inside stays in eval mode: no dropout.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    layers = [layer for layer in layers if layer.gradient_checkpointing]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = on

@@ -41,7 +41,7 @@ PANELS = {  # key in metrics.jsonl: title and label of the axis
 }
 IMMATERIAL = {  # options in which seeds of one experiment may differ
     "method", "seed", "out", "steps", "resume", "overwrite", "device", "processes", "versions", "commit",
-    "content", "micro_batch", "sample_batch", "save_every", "eval_every", "final_samples", "max_hours",
+    "content", "micro_batch", "sample_batch", "save_every", "eval_every", "final_samples",
     "shard_optimizer", "gradient_checkpointing",
 }
 STYLE = {

@@ -54,9 +54,8 @@ class ProcessRewardModel:
 
         Returns what is logged: loss and accuracy of phi as it was.
         """
-        scores = parallel.score_each(self.model, batches, o.temperature, o)
-        rewards = []
-        for batch, (logp, _) in zip(batches, scores):
+        scores, rewards = [parallel.score(self.model, batch, o.temperature, o)[0] for batch in batches], []
+        for batch, logp in zip(batches, scores):
             r = token_rewards(logp, batch.ref_logp, batch.mask, o.prm_beta)
             rewards.append(r)
             batch.advantages = batch.advantages + process_advantages(r, batch.mask, o.samples)

@@ -53,8 +53,6 @@ def load_policy(name, device="cpu", dtype=torch.float32):
         check_attention(model.config.get_text_config())
         check_logits(model.eval())
         eos_ids = end_of_sequence(model, tokenizer)
-    except torch.OutOfMemoryError:
-        raise
     except UserError as error:
         raise UserError(f"--model {name}: {error}") from None
     except Exception as error:  # a damaged file of a checkpoint makes the libraries raise anything

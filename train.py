@@ -33,11 +33,7 @@ from options import options, say
 from parallel import leader, share, together, world
 
 ROUNDS = 10  # of sampling in a step at most, with --filter-groups: as published in arXiv 2505.22617
-BAD_UPDATES = 10  # skipped in a row, after which a run stops
-
-
-class Broken(RuntimeError):
-    """A run that cannot usefully go on; its text is one line for the user."""
+STUCK = 3  # steps in a row without a finite update, after which a run stops
 
 
 @dataclass
@@ -100,9 +96,8 @@ def step(policy, problems, number, o):
     batches = mini_batches(policy, groups, advantages, o)
     others = mini_batches(policy, dropped, torch.zeros(len(dropped), o.samples), o)  # the entropy is over all
     if policy.reference:
-        scores = parallel.score_each(policy.reference, batches, o.temperature, o)
-        for batch, (logp, _) in zip(batches, scores):
-            batch.ref_logp = logp
+        for batch in batches:
+            batch.ref_logp = parallel.score(policy.reference, batch, o.temperature, o)[0]
     extra = policy.prm.step(batches, o) if policy.prm and batches else {}
     lap("score")
 
@@ -130,14 +125,10 @@ def problems_of_step(problems, rounds, o):
     --filter-groups up to ROUNDS.
     """
     first, count = rounds * o.prompts, o.prompts * (ROUNDS if o.filter_groups else 1)
-    chosen, order = [], {}
-    for i in range(first, first + count):
-        epoch, place = divmod(i, len(problems))
-        if epoch not in order:
-            generator = rollout.seeded(o.seed, epoch, "order")
-            order[epoch] = torch.randperm(len(problems), generator=generator).tolist()
-        chosen.append(problems[order[epoch][place]])
-    return chosen
+    size, order = len(problems), []
+    for epoch in range(first // size, (first + count - 1) // size + 1):
+        order += torch.randperm(size, generator=rollout.seeded(o.seed, epoch, "order")).tolist()
+    return [problems[i] for i in order[first % size :][:count]]
 
 
 def collect(policy, problems, number, o, lap):
@@ -211,11 +202,11 @@ def mini_batches(policy, groups, advantages, o):
             mask=mask,
             advantages=advantages[i : i + o.mini_batch].reshape(-1, 1) * mask,
         ))
-    for batch, (logp, entropy) in zip(batches, parallel.score_each(policy.model, batches, o.temperature, o)):
-        batch.old_logp, batch.entropy, batch.entropy1 = logp, entropy, entropy
-    if o.temperature != 1:  # the policy's own entropy, beside that of the distribution that was sampled from
-        for batch, (_, entropy) in zip(batches, parallel.score_each(policy.model, batches, 1.0, o)):
-            batch.entropy1 = entropy
+    for batch in batches:
+        batch.old_logp, batch.entropy = parallel.score(policy.model, batch, o.temperature, o)
+        batch.entropy1 = batch.entropy
+        if o.temperature != 1:  # the policy's own, beside that of the distribution that was sampled from
+            batch.entropy1 = parallel.score(policy.model, batch, 1.0, o)[1]
     return batches
 
 
@@ -329,8 +320,11 @@ def evaluate(policy, held_out, n, temperature, o):
     return rewards
 
 
-def loop(policy, problems, held_out, lines, interruption, o):
-    """Steps until the last one, or until `interruption()` is not None, which is returned. Adds to `lines`."""
+def loop(policy, problems, held_out, lines, received, o):
+    """Steps until the last one, or until a process has `received` a signal, which is returned.
+
+    Adds to `lines`. Raises UserError if updates are not finite any more.
+    """
     accuracy = next((line["accuracy"] for line in reversed(lines) if "accuracy" in line), math.nan)
     done, steps = len(lines), range(len(lines) + 1, o.steps + 1)
     progress = tqdm(steps, o.method, initial=done, total=o.steps, disable=world()[0] > 0)
@@ -346,24 +340,14 @@ def loop(policy, problems, held_out, lines, interruption, o):
         leader(checkpoint.append, o.out, lines[-1], checkpoint.plain(samples) if measured else [])
         progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
                              cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")
-        stop_if_broken(lines, o)
-        why = next((w for w in parallel.gather(interruption()) if w), None)
-        if number % o.save_every == 0 or number == o.steps or why:
+        if number >= STUCK and all(line["skipped"] == line["updates"] > 0 for line in lines[-STUCK:]):
+            raise UserError(f"step {number}: in {STUCK} steps no loss and gradient was finite; look at "
+                            f"--lr {o.lr:g} and the weights of --model")
+        stop = next((signals[0] for signals in parallel.gather(received) if signals), None)
+        if number % o.save_every == 0 or number == o.steps or stop:
             together(checkpoint.save, policy, number, o)
-        if why:
-            return why
-
-
-def stop_if_broken(lines, o):
-    """Broken, if all updates of the last steps were skipped, BAD_UPDATES or more of them."""
-    skipped = 0
-    for line in reversed(lines):
-        if line["skipped"] < line["updates"] or not line["updates"]:
-            return
-        skipped += line["skipped"]
-        if skipped >= BAD_UPDATES:
-            raise Broken(f"step {len(lines)}: loss or gradient of the last {skipped} updates was not finite; "
-                         f"look at --lr {o.lr:g} and the weights of --model")
+        if stop:
+            return stop
 
 
 def train(o, received=()):
@@ -382,17 +366,11 @@ def train(o, received=()):
         leader(checkpoint.go_on, config, len(lines))
     else:
         leader(checkpoint.begin, config)
-
-    def interruption():
-        if received:
-            return signal.Signals(received[0]).name, 128 + received[0]
-        if o.max_hours and time.time() - started > 3600 * o.max_hours:
-            return f"--max-hours {o.max_hours:g}", 0
-
-    if why := loop(policy, problems, held_out, lines, interruption, o):
+    if stop := loop(policy, problems, held_out, lines, received, o):
         if world()[0] == 0:
-            print(f"stopped by {why[0]} after step {len(lines)}; everything is saved, --resume goes on")
-        return why[1]
+            name = signal.Signals(stop).name
+            print(f"stopped by {name} after step {len(lines)}; everything is saved, --resume goes on")
+        return 128 + stop
     sampled = evaluate(policy, held_out, o.final_samples, 1.0, o)
     greedy = evaluate(policy, held_out, 1, 0.0, o)
     leader(finish, policy, greedy, sampled, lines, time.time() - started, o)
@@ -420,8 +398,6 @@ def main():
         status = train(o, parallel.listen())
     except UserError as error:
         status = complain(2, error)
-    except Broken as error:
-        status = complain(1, error)
     except OSError as error:
         status = complain(1, f"{error}; {saved}")
     except KeyboardInterrupt:

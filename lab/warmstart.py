@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from arithmetic import anywhere, chain_of_thought, correct, leftmost, problems
+from arithmetic import chain_of_thought, correct, leftmost, problems
 
 VOCABULARY = ["<|pad|>", "<|endoftext|>", *"0123456789", *"+*=}"]
 HIDDEN, LAYERS = 64, 2
@@ -31,6 +31,11 @@ STEPS = {"skills": 2400, "habits": 600}
 PEAK = {"skills": 3e-3, "habits": 1e-3}  # learning rate of AdamW, cosine to 0
 BATCH = 128  # chains of thought
 SKILLS = 0.4, 0.4  # shares of the right strategy and of any pair in phase 1
+
+
+def anywhere(operators, rng=random):
+    """No idea: any pair."""
+    return rng.randrange(len(operators))
 
 
 def make_tokenizer():

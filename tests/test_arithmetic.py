@@ -6,7 +6,8 @@ import re
 import pytest
 
 import arithmetic
-from arithmetic import answer_of, anywhere, chain_of_thought, correct, draw, leftmost, problems, split_of
+from arithmetic import answer_of, chain_of_thought, correct, draw, leftmost, problems, split_of
+from lab.warmstart import anywhere
 from reward import extract_answer
 
 COUNTS = {"heldout": 512, "train": 2000, "warmstart": 2000}

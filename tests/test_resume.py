@@ -173,7 +173,6 @@ def test_a_line_that_was_cut_off_is_done_again(whole, tmp_path):
 @pytest.mark.parametrize("moments, send, more, expected, name", [
     ([8], signal.SIGTERM, "", 143, "SIGTERM"),
     ([8, 9], signal.SIGINT, "", 130, "SIGINT"),  # twice: torchrun passes on what a terminal sends to all
-    ([], None, "--max-hours 1e-9", 0, "--max-hours 1e-09"),
 ])  # fmt: skip
 def test_asked_to_stop_a_run_finishes_the_step_saves_and_says_how_to_go_on(
     whole, tmp_path, moments, send, more, expected, name

@@ -5,6 +5,7 @@ policy.
 """
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -133,11 +134,11 @@ def test_the_ratio_is_exactly_1_on_the_first_mini_batch_only(options, graded, up
 
 @pytest.mark.parametrize("noise", [1e-6, math.nan])
 def test_old_log_probs_of_another_computation_stop_the_run(options, graded, monkeypatch, noise):
-    score = parallel.score
+    score, calls = parallel.score, itertools.count()
 
     def noisy(*arguments):
         logp, entropy = score(*arguments)
-        return logp + noise * (logp != 0), entropy
+        return logp + (noise if next(calls) else 0.0) * (logp != 0), entropy  # the first call is right
 
     monkeypatch.setattr(parallel, "score", noisy)
     with pytest.raises(RuntimeError, match="first ratio is not 1"):
@@ -212,11 +213,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(options, graded, mo
     assert all(torch.equal(moments[i][name], after[i][name]) for i in moments for name in moments[i])
 
 
-def test_ten_skipped_updates_in_a_row_stop_the_run_and_a_good_one_ends_the_row():
-    o, line = SimpleNamespace(lr=1.0), lambda skipped, updates=4: {"skipped": skipped, "updates": updates}
-    train.stop_if_broken([line(4), line(4), line(3), line(4), line(4)], o)
-    with pytest.raises(train.Broken, match="step 4: .* last 12 updates .*--lr 1"):
-        train.stop_if_broken([line(3), line(4), line(4), line(4)], o)
+def test_three_steps_without_a_finite_update_stop_the_run(options, graded, monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "grpo", lambda t, o: losses.Loss(math.nan * t.ratio * t.advantages))
+    with pytest.raises(data.UserError, match="step 3: .*--lr 0.01"):
+        train.train(options("grpo", "--steps 5"))
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
 # ---------------------------------------------------------------- metrics
