@@ -1,8 +1,8 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
     python -m lab.study annealing        GRPO, Clip-Cov and KL-Cov as by default: their strength falls to 0
-    python -m lab.study rivals           other methods so, and those with a constant strength
-    python -m lab.study strengths        two strengths for each method, of which rivals has the better one
+    python -m lab.study rivals           other methods so
+    python -m lab.study strengths        two strengths of each method; rivals has the better one
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength
@@ -88,11 +88,6 @@ def annealed(methods):
     return [Row(f"{method}, annealed", method, ANNEALED) for method in methods]
 
 
-def constant(methods):
-    """The same with a constant strength."""
-    return [Row(f"{method}, constant", method, CONSTANT) for method in methods]
-
-
 def other(row):
     """The row with the other strength of its method."""
     name, options = OTHER[row.method]
@@ -107,13 +102,15 @@ def controls(method, options):
 
 NO_BOUND = Row("kl_cov, no bound", "kl_cov", f"{ANNEALED} {UNBOUND}")
 ON_POLICY = Row("grpo, on-policy", "grpo", f"{ANNEALED} --mini-batch 64")  # one update a rollout batch
-TUNED = [*annealed(OTHER), *constant(["clip_cov", "kl_cov", "entropy_bonus"])]
+HELD = [Row(f"{m}, constant", m, CONSTANT) for m in ("clip_cov", "kl_cov", "entropy_bonus")]
+TUNED = [*annealed(OTHER), *HELD]
+BETTER = [*annealed(["clip_cov", "kl_cov", "entropy_bonus", "kl_ref"]), other(*annealed(["clip_higher"]))]
 STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
     "annealing": (range(61, 77), [*annealed([*COV, "entropy_bonus"]), ON_POLICY, NO_BOUND]),
     "controls": (range(61, 69), [*annealed(["grpo", "clip_cov"]), *controls("clip_cov", FREE),
                                  NO_BOUND, *controls("kl_cov", UNBOUND), *annealed(["kl_cov"])]),
     "strengths": (range(301, 304), [*annealed(["grpo"]), *(x for row in TUNED for x in (row, other(row)))]),
-    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *TUNED, *annealed(NEWER)]),
+    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *BETTER, *annealed(NEWER)]),
     "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
         for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
