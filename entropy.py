@@ -98,11 +98,14 @@ def score(model, prompts, completions, temperature=1.0):
     """
     hidden, tokens, b, t = states(model, prompts, completions)
     head, chunk = chunks(model)
-    parts = [
-        checkpoint(logp_and_entropy_of, h, head, y, temperature, use_reentrant=False)
-        for h, y in zip(hidden.split(chunk), tokens.split(chunk))
-    ]
-    both = torch.cat(parts, 1)
+    if len(tokens) <= chunk:
+        both = logp_and_entropy_of(hidden, head, tokens, temperature)
+    else:
+        parts = [
+            checkpoint(logp_and_entropy_of, h, head, y, temperature, use_reentrant=False)
+            for h, y in zip(hidden.split(chunk), tokens.split(chunk))
+        ]
+        both = torch.cat(parts, 1)
     blank = torch.zeros(len(prompts), max(map(len, completions)), device=both.device)
     return blank.index_put((b, t), both[0]), blank.index_put((b, t), both[1])
 

@@ -341,7 +341,7 @@ def loop(policy, problems, held_out, lines, received, o):
         progress.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy']:.3f}",
                              cov=f"{metrics['covariance'] or 0:+.4f}", accuracy=f"{accuracy:.2f}")
         if number >= STUCK and all(line["skipped"] == line["updates"] > 0 for line in lines[-STUCK:]):
-            raise UserError(f"step {number}: in {STUCK} steps no loss and gradient was finite; look at "
+            raise UserError(f"step {number}: no update of the last {STUCK} steps was finite; look at "
                             f"--lr {o.lr:g} and the weights of --model")
         stop = next((signals[0] for signals in parallel.gather(received) if signals), None)
         if number % o.save_every == 0 or number == o.steps or stop:
