@@ -1,6 +1,6 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
-    python -m lab.study annealing        GRPO, Clip-Cov and KL-Cov as by default: their strength falls to 0
+    python -m lab.study annealing        GRPO, the paper's methods and two rivals: their strength falls to 0
     python -m lab.study rivals           other methods so
     python -m lab.study strengths        two strengths of each method; rivals has the better one
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
