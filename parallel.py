@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import entropy as entropies
 
 ECHO = 2.0  # seconds: torchrun passes a signal on, so the same one may arrive twice
+PARCEL = 2**25  # numbers (128 MiB in fp32) of gradients that are exchanged at once: each exchange takes time
 
 # ---------------------------------------------------------------- processes
 
@@ -104,11 +105,18 @@ def share(function, *lists):
 
 def sum_gradients(model):
     """Adds up the gradients of all processes. The loss is one mean over all tokens, so nothing is divided."""
+    parcels = [[]]
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if world()[1] > 1:
-                dist.all_reduce(p.grad)
+            if parcels[-1] and sum(g.numel() for g in parcels[-1]) + p.numel() > PARCEL:
+                parcels.append([])
+            parcels[-1].append(p.grad)
+    for parcel in parcels if world()[1] > 1 else []:
+        total = torch.cat([g.flatten() for g in parcel])
+        dist.all_reduce(total)
+        for g, part in zip(parcel, total.split([g.numel() for g in parcel])):
+            g.copy_(part.view_as(g))
 
 
 def adamw(model, lr, shard=False):

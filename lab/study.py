@@ -1,8 +1,8 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
     python -m lab.study annealing        GRPO, the paper's methods and two rivals: their strength falls to 0
-    python -m lab.study rivals           other methods so
-    python -m lab.study strengths        two strengths of each method; rivals has the better one
+    python -m lab.study rivals           more methods so, each with the better of its two strengths
+    python -m lab.study strengths        the two strengths of each method
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
     python -m lab.study phenomenon       GRPO, Clip-Cov and KL-Cov at constant strength
@@ -73,7 +73,7 @@ FIXED = f"--steps 200 --anneal 0 {K}"  # of a constant strength
 OFTEN = "--eval-every 1 --eval-limit 8"  # so that samples.jsonl has completions of every step
 ANNEALED = "--steps 800 --anneal 640 --eval-every 20"  # as by default
 CONSTANT = "--steps 800 --anneal 0 --eval-every 20"
-OTHER = {  # strengths than the default: the published one, or another where the default is the published one
+OTHER = {  # a second strength: the published one, or another where the default is the published one
     "clip_cov": ("published", "--clip-cov-ratio 0.0002 --cov-high 5"),
     "kl_cov": ("published", f"--kl-cov-ratio 0.002 --kl-cov-beta 1 {UNBOUND}"),
     "entropy_bonus": ("published", "--entropy-coef 0.005"),
@@ -327,13 +327,13 @@ def tables(found):
                           mean(row, "rare wrong", "{:.2%}"), mean(row, "|A| there", "{:.2f}")])  # fmt: skip
     head = ["entropy of", "first step", "window", "last 10", "ratio", "fell to a tenth (median)",
             "in the top fifth", "rare and wrong, late", "their mean absolute A"]  # fmt: skip
-    width = 9 if any(known(row, "rare wrong") for row in found["rows"]) else 7  # the last two came later
+    head, *entropies = zip(*(column for column in zip(head, *entropies) if set(column[1:]) != {"-"}))
     text = [
         f"Made by `python -m lab.study {found['study']}`. Accuracies are on held-out problems.\n",
         markdown(["starting policy", "right strategy", "greedy", "sampled", "pass@32"], bases),
         markdown(["run", "seeds", "greedy, each seed, %", "mean", "median",
                   "above the first row, points [95%]", "sampled", "pass@32"], accuracies),
-        markdown(head[:width], [row[:width] for row in entropies]),
+        markdown(head, entropies),
     ]  # fmt: skip
     return "\n".join(text + compare_controls(found["rows"]))
 

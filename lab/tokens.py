@@ -49,7 +49,7 @@ def rollout_batch(policy, problems, o):
     o.precision = "fp32"
     (batch,) = train.mini_batches(policy, groups, advantages, o)
     t = losses.Tokens(batch.old_logp, batch.old_logp, batch.advantages, batch.mask, batch.entropy)
-    return batch, t, rewards
+    return batch, t
 
 
 def concentration(t):
@@ -142,12 +142,12 @@ def main():
     o = options.options(["--method", "grpo", *own.options, "--mini-batch", "1", "--out", str(out / "unused")])
     try:
         policy, problems, _ = train.load(o)
-        batch, t, rewards = rollout_batch(policy, problems, o)
+        batch, t = rollout_batch(policy, problems, o)
         shares, fifth = concentration(t)
         lengths = t.mask.sum(1)
         found = {
             "completions": len(batch.completions), "tokens": int(lengths.sum()),
-            "right": rewards.mean().item(), "length": lengths.float().mean().item(),
+            "right": batch.rewards.mean().item(), "length": lengths.float().mean().item(),
             "truncated": sum(c[-1] not in policy.eos_ids for c in batch.completions) / len(lengths),
             "entropy": t.entropy[t.mask].mean().item(), "shares": shares, "entropy in the top fifth": fifth,
             "kinds": kinds(t.covariance, t.logp, t.advantages, t.mask),

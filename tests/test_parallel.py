@@ -215,6 +215,9 @@ def work(folder):
         learnt(parallel.leader, 0, OSError(13, "no permission")),
     ]
     result["updates"] = {method: update(model, options(method, micro_batch=45)) for method in METHODS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "PARCEL", 100)  # most gradients travel by themselves
+        result["parcels"] = update(model, options("grpo", micro_batch=45))[0]
     for name, words in RUNS.items():
         run(words, f"{folder}/{name}", "--steps", "2")
     run(RUNS["sharded"], f"{folder}/sharded", "--steps", "3", "--resume")
@@ -265,6 +268,8 @@ def test_several_processes_select_the_same_tokens_and_take_the_same_step_as_one(
         assert torch.equal(mine[1].logp, t.logp) and same(mine[2].selected, loss.selected)
         first = several[1][0]["updates"][method][4]
         assert all(torch.equal(a, b) for a, b in zip(mine[4], first))  # or the copies would drift apart
+        if method == "grpo":
+            assert agree(result["parcels"], gradients, 1e-12)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -170,21 +170,20 @@ def test_a_line_that_was_cut_off_is_done_again(whole, tmp_path):
 # ---------------------------------------------------------------- asked to stop
 
 
-@pytest.mark.parametrize("moments, send, more, expected, name", [
-    ([8], signal.SIGTERM, "", 143, "SIGTERM"),
-    ([8, 9], signal.SIGINT, "", 130, "SIGINT"),  # twice: torchrun passes on what a terminal sends to all
+@pytest.mark.parametrize("moments, send, expected", [
+    ([8], signal.SIGTERM, 143),
+    ([8, 9], signal.SIGINT, 130),  # twice: torchrun passes on what a terminal sends to all
 ])  # fmt: skip
 def test_asked_to_stop_a_run_finishes_the_step_saves_and_says_how_to_go_on(
-    whole, tmp_path, moments, send, more, expected, name
+    whole, tmp_path, moments, send, expected
 ):
     out = tmp_path / "run"
-    argv = f"--method grpo --save-every 99 {more}".split()
-    status, said, _ = run(out, *argv, at=moments, send=send)
+    status, said, _ = run(out, "--method", "grpo", "--save-every", "99", at=moments, send=send)
     assert status == expected and "Traceback" not in said, said
     done = len(metrics(out))
     assert 0 < done < 4 and [path.name for path in (out / "checkpoint").iterdir()] == [f"step-{done}"]
-    assert f"stopped by {name} after step {done}" in said and "--resume" in said.splitlines()[-1]
-    assert said.count("stopping after this step") == bool(moments)
+    assert f"stopped by {send.name} after step {done}" in said and "--resume" in said.splitlines()[-1]
+    assert said.count("stopping after this step") == 1
     resumed(out)
     same(whole("grpo")[0], out)
 
