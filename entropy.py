@@ -44,7 +44,8 @@ def cross_entropy(p_logits, q_logits):
 def kl_divergence(p_logits, q_logits):
     """KL(P || Q) = sum p log(p / q) over the last dimension, in nats: (..., V), (..., V) -> (...,)."""
     logp, logq = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-    return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - logq)).sum(-1)
+    p = logp.exp()
+    return torch.where(p == 0, 0.0, p * (logp - logq)).sum(-1)
 
 
 # ---------------------------------------------------------------- the tokens of a model's completions
@@ -154,12 +155,12 @@ def fit_law(entropy, performance):
     """Least squares of R = -a exp(H) + b (arXiv 2505.22617, section 2) through points (H, R).
 
     entropy (nats) and performance: two sequences of one length. The law is linear in exp(H), so the
-    fit has a closed form. Raises ValueError with fewer than two different entropies.
+    fit has a closed form. Raises ValueError with fewer than two different entropies, and for NaN.
     """
     x = torch.as_tensor(entropy, dtype=torch.float64).exp()
     R = torch.as_tensor(performance, dtype=torch.float64)
-    if len(x) != len(R) or len(x) < 2 or x.max() == x.min():
-        raise ValueError(f"a fit needs two or more different entropies, got {len(x)} and {len(R)} values")
+    if len(x) != len(R) or len(x) < 2 or not x.max() > x.min() or R.isnan().any():
+        raise ValueError("a fit needs as many accuracies as entropies, two different entropies, and no NaN")
     dx, dR = x - x.mean(), R - R.mean()
     a = -(dx * dR).sum() / (dx * dx).sum()
     b = R.mean() + a * x.mean()

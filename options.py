@@ -89,7 +89,7 @@ OPTIONS = {
          "published 0.2, and 0.65 falling to 0.45"),
         ("--anneal", COUNT, None, "clip_cov, kl_cov, entropy_bonus, opefo, adaptive_entropy, entrocraft: "
          "steps over which their strength falls linearly to 0; 0: it is constant, as published (default 640 "
-         "with the embedded problems, else 0)"),
+         "with the embedded problems, for any --steps; else 0)"),
         ("--kl-ref-beta", FLOAT, 0.04, "kl_ref: weight of the KL term (arXiv 2402.03300)"),
         ("--entropy-fraction", FRACTION, None, "high_entropy, low_entropy: fraction of tokens that is kept "
          "(default 0.2 and 0.8, arXiv 2506.01939)"),

@@ -130,7 +130,7 @@ def adamw(model, lr, shard=False):
 
 
 def listen():
-    """SIGINT and SIGTERM let the step end, and are noted in the list returned; a second one stops at once."""
+    """SIGINT and SIGTERM let the step end, and are noted in the list returned; one more stops at once."""
     received, since = [], []
 
     def handler(number, frame):
@@ -139,7 +139,7 @@ def listen():
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
         if not received and world()[0] == 0:  # not by print, which the signal may have interrupted
-            os.write(2, b"\ntrain.py: stopping after this step; a second signal stops at once\n")
+            os.write(2, b"\ntrain.py: stopping after this step; another signal, 2 s later, stops at once\n")
         received.append(number)
 
     signal.signal(signal.SIGINT, handler)

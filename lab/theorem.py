@@ -133,9 +133,10 @@ def over_steps(policy, problems, probe, steps, o):
         updates.append(changes(logits[-1], new))
         logits[1:] = [new]  # the first and the last logits of the step
 
-    handle = policy.optimizer.register_step_post_hook(after_update)
+    handle, rounds = policy.optimizer.register_step_post_hook(after_update), 0
     for number in range(1, steps + 1):
-        metrics, _ = train.step(policy, train.problems_of_step(problems, number - 1, o), number, o)
+        metrics, _ = train.step(policy, train.problems_of_step(problems, rounds, o), number, o)
+        rounds += metrics.get("rounds", 1)
         if updates:
             whole = changes(logits[0], logits[-1])
             line = {"step": number, "covariance": metrics["covariance"], "dH": whole[0].mean().item()}
