@@ -1,7 +1,7 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
     python -m lab.study annealing        GRPO, the paper's methods and two rivals: their strength falls to 0
-    python -m lab.study rivals           more methods so, each with the better of its two strengths
+    python -m lab.study rivals           more methods so; those with a strength have the better of two
     python -m lab.study strengths        the two strengths of each method
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
     python -m lab.study floor            the errors that KL-Cov keeps alive at constant k and beta
@@ -12,7 +12,8 @@
 
 It writes results/NAME.md, NAME.png and data/NAME.json. A run is a process with one thread; as many run at a
 time as there are cores. A study may be stopped at any time; the same command continues it, and does not
-repeat the runs in data/NAME.json. Studies with a row in common share its runs, in runs/study/ and data/.
+repeat the runs in data/NAME.json. Studies with a row in common share its runs, in runs/study/ and data/. A
+run is known by the name of its row and its seed: a row whose options change needs another name.
 
 The baseline of a run has the same seed and is the first row with the same starting policy. The window is the
 20 steps after the baseline's entropy has fallen to a tenth of its first value. `ratio` compares the entropy
