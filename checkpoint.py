@@ -130,12 +130,13 @@ def describe(o, problems, held_out):
     Of ids, not of texts, for a chat template may hold today's date.
     """
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+    command = ["git", "rev-parse", "HEAD"]
+    git = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, cwd=here)
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
     return vars(o) | {
         "processes": world()[1],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": git.stdout.strip() or None,
+        "commit": git and git.stdout.strip() or None,
         "content": {"data": digest(problems), "eval_data": digest(held_out)},
     }
 
@@ -253,8 +254,10 @@ def checkpoints(out, last=sys.maxsize):
 
 
 def prune(out, last):
-    """Removes all but the last finished checkpoints up to step `last`."""
-    for old in set(Path(out, "checkpoint").iterdir()) - set(checkpoints(out, last)[:KEPT]):
+    """Removes all checkpoints, finished or not, but the last finished ones up to step `last`."""
+    found = Path(out, "checkpoint").glob("step-*")
+    ours = {path for path in found if path.name[5:].removesuffix(".new").isdecimal()}
+    for old in ours - set(checkpoints(out, last)[:KEPT]):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -279,7 +282,11 @@ def find(o):
     Writes nothing. UserError if no checkpoint is whole, a log lacks steps, or options would change the run.
     """
     out = Path(o.out)
-    if not o.resume or not (out / "config.json").exists():
+    if not o.resume:
+        return None, []
+    if not (out / "config.json").exists():
+        if os.path.getsize(out / "metrics.jsonl"):
+            raise UserError(f"--resume: {out} holds steps and no config.json; begin anew with --overwrite")
         return None, []
     refuse_changes(out, o)
     found = checkpoints(out)

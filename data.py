@@ -57,7 +57,8 @@ ASKS_FOR_BOX = re.compile(r"\\boxed[^.?!\n]*[.?!$\s]*\Z")  # in the last sentenc
 DAPO_BEFORE = re.compile(r"^Solve the following math problem step by step\. .* form Answer: \$Answer .*\n\n")
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 BOX_WITHOUT_BRACES = re.compile(r"\\(?:boxed|fbox)\s*([^\s{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z))")  # \boxed 2
-LIST_AS_TEXT = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)  # ['588']; [2, 5] is an interval
+LIST_AS_TEXT = re.compile(r"\s*\[\s*['\"].*['\"]\s*\]\s*", re.DOTALL)  # ['588']; [2, 5] is an interval
+NO_COMMA = re.compile(r"(['\"])\s+(['\"])")  # as NumPy writes a list: ['2' '3']
 
 
 class UserError(ValueError):
@@ -70,9 +71,9 @@ def load_problems(name_or_path, prompt_field=None, answer_field=None, limit=None
     A hub id may carry its config and split: "owner/name:config:split", each may be empty. `benchmark` asks
     for the evaluation split where a set has both. Training sets lose repeated problems; benchmarks keep them,
     so that their size is the published one. `limit` takes the first problems. The two fields choose the
-    columns of a file or hub id; known names have their own. Rows without a gold are left out and counted on
-    standard error. Raises UserError if the source cannot be read, if a row of a local file is wrong, or if no
-    problem is left.
+    columns of a file or hub id; known names have their own. Rows whose gold says that there is none, and bad
+    rows of the hub, are left out and counted on standard error. Raises UserError if the source cannot be
+    read, if a row of a local file is wrong, or if no problem is left.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name in EMBEDDED:
@@ -153,7 +154,7 @@ def gold_answer(value, field):
     """The gold as text: "025" stays "025", 142.0 becomes "142", ["2"] and "['2']" become "2"."""
     if isinstance(value, str) and LIST_AS_TEXT.fullmatch(value):
         try:
-            value = ast.literal_eval(value.strip())
+            value = ast.literal_eval(NO_COMMA.sub(r"\1, \2", value.strip()))
         except (ValueError, SyntaxError):
             pass  # no list
     if isinstance(value, list) and value:
@@ -250,6 +251,12 @@ def quiet_datasets():
 def one_line(error):
     """The first line of an error's text, at most 200 characters of it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def out_of_memory(error):
+    """Whether an error says that memory ran out: Python's, or PyTorch's on a CPU or a GPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 # 3. What training and evaluation do with problems.

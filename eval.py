@@ -26,6 +26,7 @@ after each benchmark, and what it holds is not computed again: an interrupted co
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from tqdm import tqdm
 import reward
 import rollout
 from checkpoint import write_json
-from data import EMBEDDED, KNOWN, UserError, encode_problems, load_problems, one_line
+from data import EMBEDDED, KNOWN, UserError, encode_problems, load_problems, one_line, out_of_memory
 from options import BOUND, INT
 from rollout import context, load_policy
 
@@ -143,7 +144,7 @@ def table(results):
             shares = r["accuracy"], *r["interval"], r["pass"][str(r["samples"])], r["truncated"]
             accuracy, low, high, passed, truncated = (f"{100 * share:.1f}" for share in shares)
             name = f"{model[-40:]} {Path(r['benchmark']).stem}"
-            figures = [f"{r[column]:.4g}" for column in columns]
+            figures = [f"{r[column]:.6g}" for column in columns]
             rows.append([name, accuracy, f"{low} to {high}", passed, truncated, *figures])
         mean = sum(r["accuracy"] for r in mine) / len(mine)
         rows.append([f"{model[-40:]} mean", f"{100 * mean:.1f}"] + [""] * (len(rows[0]) - 2))
@@ -167,7 +168,7 @@ def options():
     add("--samples", type=INT, metavar="N",
         help=f"completions of each problem (default, as in the paper: 32 for {contests}, else 1)")
     add("--temperature", type=BOUND, metavar="T",
-        help=f"0 is greedy (default, as in the paper: 0.6 for {contests}; also with --samples; else 0)")
+        help=f"default, as in the paper, 0, greedy; 0.6 for {contests}, and with --samples above 1")
     add("--limit", type=INT, metavar="N", help="only the first N problems of each (default all)")
     add("--max-new-tokens", type=INT, metavar="N",
         help="tokens at which a completion is cut off (default 8192, or 3/4 of a shorter context)")
@@ -233,8 +234,8 @@ def run(o):
     """Every model on every benchmark, one after the other. What FILE.json holds is taken from there."""
     if o.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is none here; take cpu")
-    if o.out.suffix != ".json" or not o.out.absolute().parent.is_dir():
-        raise UserError(f"--out {o.out}: takes a name that ends in .json, in a folder that exists")
+    if o.out.suffix != ".json" or not os.access(o.out.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {o.out}: takes a name that ends in .json, in a folder that can be written")
     problems = {b: load_problems(b, o.prompt_field, o.answer_field, o.limit, True) for b in o.benchmarks}
     plans = [settings for model in dict.fromkeys(o.model) for settings in plan(model, o)]
     stored, shown, policy, loaded = read_results(o.out), [], None, None
@@ -249,7 +250,7 @@ def run(o):
             asked = {name: settings[name] for name in ("samples", "temperature", "max_new_tokens", "seed")}
             title = f"{model[-30:]} {Path(benchmark).stem}"
             found = [settings | evaluate(*policy, problems[benchmark], **asked, batch=o.batch, title=title)]
-            stored += found
+            stored = read_results(o.out) + found  # another process may have added to it meanwhile
             write_json(o.out, {"results": stored})
         shown.append(found[0])
     print(f"{table(shown)}\n\nfigures and completions: {o.out}")
@@ -263,8 +264,10 @@ def main(argv=None):
         run(o)
     except (UserError, OSError) as error:
         parser.error(str(error))
-    except torch.OutOfMemoryError:
-        parser.error(f"out of GPU memory with --batch {o.batch}: lower it, or --max-new-tokens")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        parser.error(f"out of memory with --batch {o.batch}: lower it, or --max-new-tokens")
     except KeyboardInterrupt:
         print(f"\ninterrupted; finished benchmarks are in {o.out}", file=sys.stderr)
         sys.exit(130)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py ...       the same options on eight GPUs
 
 A wrong value ends with one line that names the option and what it takes, and exit status 2, before any model
-is loaded.
+is loaded (where it depends on the model: before anything is written).
 """
 
 import argparse
@@ -86,7 +86,7 @@ OPTIONS = {
         ("--entropy-coef", FLOAT, 0.03, "entropy_bonus: weight of a nat of entropy; "
          "adaptive_entropy: its largest weight, published 5e-3"),
         ("--entropy-target", FLOAT, 0.1, "adaptive_entropy, entrocraft: nats that they hold; "
-         "published 0.2, and 0.65 falling to 0.45"),
+         "published: 0.2; 0.65 falling to 0.45"),
         ("--anneal", COUNT, None, "clip_cov, kl_cov, entropy_bonus, opefo, adaptive_entropy, entrocraft: "
          "steps over which their strength falls linearly to 0; 0: it is constant, as published (default 640 "
          "with the embedded problems, for any --steps; else 0)"),

@@ -180,7 +180,7 @@ def main():
     runs, faults = {}, []
     for folder in o.runs:
         try:
-            runs[folder] = read_run(folder)
+            runs[Path(folder)] = read_run(folder)
         except UserError as error:
             faults.append(error)
     if not runs:

@@ -3,7 +3,7 @@ r"""Rewards that can be verified: 1.0 if the last box of a response holds the go
 A policy learns whatever the reward pays for, so the reward is strict where a policy could cheat:
 
 - Only the last \boxed{...} (or \fbox{...}) counts. No box, or an empty or unclosed one, scores 0, even if the
-  right number stands elsewhere. Boxes joined by "or", "and" or a comma are one list.
+  right number stands elsewhere. Boxes with nothing but space, "or", "and" or a comma between are one list.
 - Plain numerals are compared exactly: 0.333 is not 1/3, and "5 or 6" is not 5. For the rest, substitutions
   correct the spelling and what math-verify's parser misreads, and math-verify decides.
 - A response is untrusted input: some fill the memory or keep a parser busy for hours. No exception stops C
@@ -35,7 +35,7 @@ JOINT = re.compile(r"(?:[\s$,;/}]|\\[()\[\],;: ]|\\q?quad|\\text\{|\b(?:and|or)\
 
 def extract_answer(text):
     r"""The content of the last box of `text`. None if there is no box, or if it is empty or not closed.
-    Boxes joined by "or", "and" or a comma give one list of answers. A box in a box is part of its content."""
+    Boxes with only space, "or", "and" or a comma between give one list. A box in a box is part of it."""
     answers, end = [], 0
     while box := BOX.search(text, end):
         if not JOINT.fullmatch(text, end, box.start()):
@@ -64,7 +64,7 @@ def grade(response, answer):
 
 def grade_all(responses, answers):
     """`grade` for two lists, as a list. Equal pairs are compared once, open ones in parallel.
-    ValueError if the lists differ in length, RuntimeError if a worker cannot be started."""
+    ValueError if the lists differ in length, ChildProcessError if a worker cannot be started."""
     pairs = [(extract_answer(gold) or gold, extract_answer(response))
              for response, gold in zip(responses, answers, strict=True)]
     verdicts = {pair: at_sight(*pair) for pair in dict.fromkeys(pairs)}
@@ -104,9 +104,11 @@ SYMBOL = (rf"(?:[a-zA-Z]|\\(?!{KEPT})[a-zA-Z]+{END}(?: *\{{[^{{}}]*\}})?)"      
           r"(?: ?_ ?(?:\{[^{}]*\}|[a-zA-Z0-9]))?'*(?: *\( ?[a-zA-Z0-9] ?\))?")    # an index, primes, (t)
 NAME = (rf"^(?![+-]|.*\bnot\b)(?:\\text\{{[^{{}}]*\}}|\\(?!{KEPT})[a-zA-Z]+{END}(?: *\{{[a-zA-Z]*\}})?"
         r"|_ ?(?:\{[^{}]*\}|[a-zA-Z0-9])|\([0-9]\)|[a-zA-Z ()+'-])+=")           # m+n=, \angle ABC=
-STOP = (r"\b(?:(?:half|third|quarter|(?:fif|ten|hundred|thousand)th|dozen|hundred|thousand|[mbtr]+illion)s?"
-        r"|one|two|three|four|five|six|seven|eight|nine|ten|or|and|not?|is|are|to|between|about|around"
-        r"|mod|base|plus|minus|squared|root|power|if|less|more|over|than|least|most|negative|[eixyz]|pi)\b")
+STOP = (r"\b(?:(?:hal(?:f|ve)|third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+tie|hundred"
+        r"|thousand)th|dozen|score|hundred|thousand|[a-z]+illion)s?|one|two|three|four|five|six|seven|eight"
+        r"|nine|ten|eleven|twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|or|and|not?|is|are"
+        r"|to|between|about|around|mod|base|plus|minus|squared|cubed|factorial|root|power|if|less|more|over|than"
+        r"|least|most|negative|[eixyz]|pi)\b")
 THOUSANDS = "[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)"
 SPELLING = [            # 10,\!080 is 10080, \dfrac is \frac, \mbox is \text, 30^\circ is 30\text{degree}
     (r"(?<=[0-9])(?:,\s*\\!\s*|\{,\})(?=[0-9]{3})", ""), ("[−–]", "-"), (r"\\?%", r"\\text{percent}"),
@@ -159,7 +161,7 @@ class Pool:
                 [sys.executable, os.path.abspath(__file__), "--worker", *self.limits], start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             if worker.stdout.readline() != "true\n":
-                raise RuntimeError("a process that compares answers cannot start: is math-verify installed?")
+                raise ChildProcessError("no process that compares answers starts: is math-verify installed?")
         try:
             print(json.dumps(pair), file=worker.stdin, flush=True)
             return json.loads(worker.stdout.readline())
@@ -206,6 +208,7 @@ CLEANING = SPELLING + [ # \frac12 is \frac{1}{2}, 1 \text{ or } 2 is 1,2, a word
     (rf"\\[bB]igg?[lrm]?{END}|\\phantom *\S|np\.(?=[a-z])|\\text\{{ *for a.*|\\pmod *\{{.*?\}}", ""),
     (r"{([^{}]*)\\choose([^{}]*)}", r"\\binom{\1}{\2}"), (r"{([^{}]*)\\over\b([^{}]*)}", r"\\frac{\1}{\2}"),
     (rf"\\text\{{ *({FUNCTION}) *\}}|(?<![\\a-zA-Z{{])({FUNCTION}|pi|sqrt){END}", r"\\\1\2 "),
+    (rf"\\varnothing{END}|∅", r"\\emptyset"),
     (r"\\text\{([ei])\}", r"\1 "), (rf"\\([lgn])eq?(?:slant)?{END}", r"\\\1e "), (rf"\\equiv{END}", "="),
     (rf",? *\\text\{{ *,? *(?:and|or) *\}},? *|,?(?<![a-zA-Z\\])(?:and|or){END},? *|\\lor{END}", ", "),
     (r"(\\text\{[^{}]*\}|\\(?:begin|end) *\{.*?\})|(?<![\\\w}^{])([a-zA-Z]{3,}(?:[ '-]+[a-zA-Z]{2,})*)",
@@ -280,7 +283,7 @@ def main():
              (r"\boxed{\frac13}", "0.333"), (r"\boxed{[2,5]}", "[2,5)"), (r"\boxed{9^{9^{9^{9}}}}", "25")]
     for (response, gold), reward in zip(pairs, grade_all(*zip(*pairs))):
         print(f"{reward}   gold {gold:18} {response}")
-    print(f"A right value scores in any spelling, a hedge never. Broken off after a second: {timeouts()}.")
+    print(f"Values count, hedges do not. Broken off after a second: {timeouts()}.")
 
 
 if __name__ == "__main__":

@@ -403,8 +403,7 @@ def main():
     except KeyboardInterrupt:
         status = complain(130, f"stopped at once; {saved}")
     except (RuntimeError, MemoryError) as error:
-        no_room = "out of memory" in str(error) or "allocate memory" in str(error)
-        if not (isinstance(error, MemoryError) or no_room):
+        if not data.out_of_memory(error):
             raise
         print(f"train.py: error: out of memory: lower --micro-batch {o.micro_batch}, --sample-batch "
               f"{o.sample_batch}, --prompts or --max-new-tokens; {saved}", file=sys.stderr)  # of any process

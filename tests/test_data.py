@@ -99,6 +99,8 @@ ROWS = {
     "an interval": ({"problem": "p?", "answer": "[2,5)"}, "[2,5)"),
     "processed DAPO": ({"prompt": "p?", "solution": "34"}, "34"),
     "a chat": ({"prompt": [{"role": "user", "content": "p?"}], "reward_model": {"ground_truth": "34"}}, "34"),
+    "a list as NumPy writes it": ({"problem": "p?", "answer": "['2' '3']"}, "2, 3"),
+    "a list with an apostrophe": ({"problem": "p?", "answer": """["f'(1)=2", '3']"""}, "f'(1)=2, 3"),
     "a gold in a box": ({"problem": "p?", "answer": "\\[\n\\boxed{60}\n\\]"}, "60"),
 }
 

@@ -202,7 +202,7 @@ def test_running_out_of_memory_is_one_line(run, monkeypatch):
     monkeypatch.setattr(rollout, "sample", sample)
     status, results, _, err = run("--model", TINY, "--limit", 2)
     assert status == 2 and results is None
-    assert err.splitlines()[-1].startswith("eval.py: error: out of GPU memory")
+    assert err.splitlines()[-1].startswith("eval.py: error: out of memory")
 
 
 WRONG = {  # options beside --model TINY; a word of the line

@@ -271,6 +271,7 @@ def first_line_gone(out):
     (first_line_gone, "metrics.jsonl lacks steps"),
     (lambda out: (out / "metrics.jsonl").write_text(""), "metrics.jsonl lacks steps"),
     (lambda out: (out / "config.json").write_text("{"), "config.json"),
+    (lambda out: (out / "config.json").unlink(), "no config.json"),
     (forge({"step": 4}), "step-4 does not fit"),
     (forge({"optimizer": Code()}), "step-4 does not fit"),
 ])  # fmt: skip

@@ -240,5 +240,5 @@ def test_a_worker_that_died_while_idle_is_replaced_and_costs_no_answer(pool):
 
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_reward_of_zero(pool, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/true")
-    with pytest.raises(RuntimeError, match="math-verify"):
+    with pytest.raises(ChildProcessError, match="math-verify"):
         grade(r"\boxed{1+x}", "x+1")
