@@ -107,8 +107,8 @@ NAME = (rf"^(?![+-]|.*\bnot\b)(?:\\text\{{[^{{}}]*\}}|\\(?!{KEPT})[a-zA-Z]+{END}
 STOP = (r"\b(?:(?:hal(?:f|ve)|third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+tie|hundred"
         r"|thousand)th|dozen|score|hundred|thousand|[a-z]+illion)s?|one|two|three|four|five|six|seven|eight"
         r"|nine|ten|eleven|twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|or|and|not?|is|are"
-        r"|to|between|about|around|mod|base|plus|minus|squared|cubed|factorial|root|power|if|less|more|over|than"
-        r"|least|most|negative|[eixyz]|pi)\b")
+        r"|to|between|about|around|mod|base|plus|minus|squared|cubed|factorial|root|power|if|less|more|over"
+        r"|than|least|most|negative|[eixyz]|pi)\b")
 THOUSANDS = "[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)"
 SPELLING = [            # 10,\!080 is 10080, \dfrac is \frac, \mbox is \text, 30^\circ is 30\text{degree}
     (r"(?<=[0-9])(?:,\s*\\!\s*|\{,\})(?=[0-9]{3})", ""), ("[−–]", "-"), (r"\\?%", r"\\text{percent}"),

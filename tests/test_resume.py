@@ -346,11 +346,14 @@ def test_a_chat_template_that_makes_other_prompts_of_the_same_problems_is_refuse
     assert tree(out) == before
 
 
-def test_steps_may_grow_and_a_finished_run_goes_on_as_a_longer_one(whole, tmp_path):
+def test_steps_may_grow_and_a_finished_run_goes_on_as_a_longer_one(whole, tmp_path, monkeypatch):
     out = copy(whole("grpo")[0], tmp_path)
+    (out / "checkpoint" / "step-4-best").mkdir()  # is the user's
+    monkeypatch.setenv("PATH", "")  # no git
     assert run(out, "--method", "grpo", "--steps", 6, "--resume", "--save-every", 3)[0] == 0
     config = json.loads((out / "config.json").read_text())
-    assert config["steps"] == 6 and config["save_every"] == 3
+    assert config["steps"] == 6 and config["save_every"] == 3 and config["commit"] is None
+    assert (out / "checkpoint" / "step-4-best").is_dir()
     assert metrics(out)[:4] == metrics(whole("grpo")[0])
     assert metrics(out)[4:] == metrics(whole("grpo --steps 6")[0])[4:]
 
