@@ -1,6 +1,6 @@
 """Studies: the same training with many seeds and methods, and tables in which every seed is shown.
 
-    python -m lab.study annealing        GRPO, the paper's methods, whose strength falls to 0, and rivals
+    python -m lab.study annealing        GRPO, the paper's methods, annealed and constant, and two rivals
     python -m lab.study rivals           more of them; those with a strength have the better of two
     python -m lab.study strengths        the two strengths of each method
     python -m lab.study controls         the acts of KL-Cov and Clip-Cov on other tokens: see lab/controls.py
@@ -107,11 +107,11 @@ HELD = [Row(f"{m}, constant", m, CONSTANT) for m in ("clip_cov", "kl_cov", "entr
 TUNED = [*annealed(OTHER), *HELD]
 BETTER = [*annealed(["clip_cov", "kl_cov", "entropy_bonus", "kl_ref"]), other(*annealed(["clip_higher"]))]
 STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
-    "annealing": (range(61, 77), [*annealed([*COV, "entropy_bonus"]), *HELD[1:], ON_POLICY, NO_BOUND]),
+    "annealing": (range(61, 77), [*annealed([*COV, "entropy_bonus"]), *HELD, ON_POLICY, NO_BOUND]),
     "controls": (range(61, 69), [*annealed(["grpo", "clip_cov"]), *controls("clip_cov", FREE),
                                  NO_BOUND, *controls("kl_cov", UNBOUND), *annealed(["kl_cov"])]),
     "strengths": (range(301, 304), [*annealed(["grpo"]), *(x for row in TUNED for x in (row, other(row)))]),
-    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *BETTER, *HELD, *annealed(NEWER)]),
+    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *BETTER, *annealed(NEWER)]),
     "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
         for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
