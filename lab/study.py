@@ -111,7 +111,7 @@ STUDIES = {  # name: (seeds; rows, of which the first is the baseline)
     "controls": (range(61, 69), [*annealed(["grpo", "clip_cov"]), *controls("clip_cov", FREE),
                                  NO_BOUND, *controls("kl_cov", UNBOUND), *annealed(["kl_cov"])]),
     "strengths": (range(301, 304), [*annealed(["grpo"]), *(x for row in TUNED for x in (row, other(row)))]),
-    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *BETTER, *annealed(NEWER)]),
+    "rivals": (range(61, 69), [*annealed(["grpo"]), ON_POLICY, *BETTER, *HELD, *annealed(NEWER)]),
     "floor": ([81], [
         Row(f"k {k}, beta {b}", "kl_cov", f"{FIXED} {OFTEN} --kl-cov-ratio {k} --kl-cov-beta {b}")
         for k, b in ((0.002, 1), (0.005, 1), (0.01, 1), (0.005, 3), (0.01, 3), (0.02, 3), (0.02, 6))
@@ -418,7 +418,7 @@ def draw_final(found):
     accuracy_axis(right, "Entropy and accuracy", "median accuracy, greedy")
     left.set(xlabel="greedy, on held-out problems; dashed: the start")
     left.set(xlim=(low, 1.03), ylim=(len(names) + 0.5, 0.5))
-    right.set(xscale="log", xlabel="median entropy in the window, nats per token", ylim=(low, 1.03))
+    right.set(xscale="log", xlabel="median entropy in the window, nats", ylim=(low, 1.03))
     plot.plain_numbers(right.xaxis)
     return figure
 
