@@ -169,7 +169,7 @@ def lock(out):
 def begin(config):
     """An empty run directory. UserError if meanwhile another process has made a run there and ended.
 
-    config.json is removed first and written last: without it nothing has been done yet.
+    config.json is removed first and written last: without it and without steps nothing has been done yet.
     """
     out = Path(config["out"])
     if os.path.getsize(out / "metrics.jsonl") and not (config["resume"] or config["overwrite"]):
@@ -255,10 +255,10 @@ def checkpoints(out, last=sys.maxsize):
 
 def prune(out, last):
     """Removes all checkpoints, finished or not, but the last finished ones up to step `last`."""
-    found = Path(out, "checkpoint").glob("step-*")
-    ours = {path for path in found if path.name[5:].removesuffix(".new").isdecimal()}
-    for old in ours - set(checkpoints(out, last)[:KEPT]):
-        shutil.rmtree(old, ignore_errors=True)
+    kept = checkpoints(out, last)[:KEPT]
+    for old in Path(out, "checkpoint").glob("step-*"):
+        if old not in kept and old.name[5:].removesuffix(".new").isdecimal():  # a user's copies stay
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- going on
@@ -282,11 +282,7 @@ def find(o):
     Writes nothing. UserError if no checkpoint is whole, a log lacks steps, or options would change the run.
     """
     out = Path(o.out)
-    if not o.resume:
-        return None, []
-    if not (out / "config.json").exists():
-        if os.path.getsize(out / "metrics.jsonl"):
-            raise UserError(f"--resume: {out} holds steps and no config.json; begin anew with --overwrite")
+    if not o.resume or not ((out / "config.json").exists() or os.path.getsize(out / "metrics.jsonl")):
         return None, []
     refuse_changes(out, o)
     found = checkpoints(out)
@@ -310,7 +306,8 @@ def refuse_changes(out, o):
         old = json.loads((out / "config.json").read_text())
         steps = int(old["steps"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {out}/config.json cannot be read; begin anew with --overwrite") from None
+        what = f"{out} has no config.json that can be read"
+        raise UserError(f"--resume: {what}; begin anew with --overwrite") from None
     changed = [f"--{name.replace('_', '-')} {old[name]}, not {value}"
                for name, value in vars(o).items() if name not in FREE and old.get(name, value) != value]
     if changed:
